@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `moejax` command: finds the command's module and hands it the rest."""
+
+import importlib
+import sys
+
+from moejax.errors import UserError
+
+COMMANDS = {
+  "train": ("moejax.train", "train a model from a config, or go on with a run"),
+  "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
+  "generate": ("moejax.generate", "let a checkpoint write text"),
+  "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
+  "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
+}
+
+
+def usage() -> str:
+  rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
+  return "\n".join([
+    "moejax: train and study mixture-of-experts language models",
+    "",
+    "usage: moejax <command> [options]",
+    "",
+    *rows,
+    "",
+    "moejax <command> --help tells its options. First run:",
+    "  moejax data prepare --config=configs/tiny.py",
+    "  moejax train --config=configs/tiny.py --workdir=runs/tiny",
+    "Add --debug to see the traceback of an error.",
+  ])
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one command; returns its exit code (2: something to fix)."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  debug = "--debug" in argv
+  argv = [arg for arg in argv if arg != "--debug"]
+  if not argv or argv[0] in ("-h", "--help", "help"):
+    print(usage())
+    return 0 if argv else 2
+  if argv[0] not in COMMANDS:
+    known = ", ".join(COMMANDS)
+    print(f"moejax: no command {argv[0]!r}; known: {known}", file=sys.stderr)
+    return 2
+  try:
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    return module.main(argv[1:]) or 0
+  except UserError as e:
+    if debug:
+      raise
+    print(f"moejax {argv[0]}: {e}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of an experiment: its name, type, default, meaning and limits.
+
+This is the one place where options live. `default_config()` turns the schema
+into a locked `ConfigDict` that config files edit; `Config.from_dict` turns the
+edited one back into frozen dataclasses, checking each value and all relations
+once. Code below this boundary reads plain attributes and never a default.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any, Self
+
+import ml_collections
+
+from moejax.errors import ConfigError
+from moejax.spec import Spec
+
+
+def option(default: Any, doc: str) -> Any:
+  """A dataclass field with its documentation."""
+  return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def section(cls: type, doc: str) -> Any:
+  return dataclasses.field(default_factory=cls, metadata={"doc": doc})
+
+
+def require(condition: bool, message: str) -> None:
+  if not condition:
+    raise ConfigError(message)
+
+
+def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    near = difflib.get_close_matches(value, choices, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def require_positive(prefix: str, obj: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(obj, name)
+    require(value > 0, f"{prefix}.{name}={value} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerConfig:
+  """One layer of the stack, written `mixer/ffn` in a config."""
+
+  mixer: str
+  ffn: str
+
+  MIXERS = ("attention",)
+  FFNS = ("moe", "mlp")
+
+  @classmethod
+  def parse(cls, text: str) -> Self:
+    mixer, _, ffn = text.partition("/")
+    require_choice("layer mixer", mixer, cls.MIXERS)
+    require_choice("layer ffn", ffn, cls.FFNS)
+    return cls(mixer, ffn)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+  """A mixture-of-experts layer: who decides, who moves, who computes."""
+
+  num_experts: int = option(64, "routed experts E of each MoE layer")
+  d_expert: int = option(1024, "hidden width F of one expert")
+  router: str = option(
+    "top_k(k=8)",
+    "router and its arguments; a bare name lives in moejax.routing, a dotted "
+    "path in any importable file",
+  )
+  dispatch: str = option(
+    "ragged", "how tokens reach experts: ragged (dropless) or dense (reference)"
+  )
+  matmul: str = option(
+    "auto", "grouped matmul back end; auto chooses by platform"
+  )
+  num_shared_experts: int = option(0, "experts that every token visits")
+
+  def __post_init__(self):
+    require_positive("model.moe", self, "num_experts", "d_expert")
+    require(
+      self.num_shared_experts >= 0, "model.moe.num_shared_experts is negative"
+    )
+    require_choice("model.moe.dispatch", self.dispatch, ("ragged", "dense"))
+    k = self.experts_per_token
+    require(
+      0 < k <= self.num_experts,
+      f"model.moe.router={self.router!r} asks for {k} experts per token, but "
+      f"model.moe.num_experts={self.num_experts}; use k <= {self.num_experts}",
+    )
+
+  @property
+  def router_spec(self) -> Spec:
+    try:
+      return Spec.parse(self.router)
+    except ValueError as e:
+      raise ConfigError(f"model.moe.router: {e}") from None
+
+  @property
+  def experts_per_token(self) -> int:
+    """The router's `k`, 1 for routers without one."""
+    kwargs = self.router_spec.kwargs
+    k = kwargs["k"] if "k" in kwargs else 1
+    require(
+      type(k) is int, f"model.moe.router={self.router!r}: k must be an integer"
+    )
+    return k
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The transformer: `prefix` layers, then `pattern` repeated."""
+
+  vocab_size: int = option(384, "rows of the embedding; >= the tokenizer's")
+  d_model: int = option(2048, "residual width D")
+  num_layers: int = option(16, "layers L, prefix included")
+  prefix: tuple[str, ...] = option((), "layers before the pattern, unscanned")
+  pattern: tuple[str, ...] = option(
+    ("attention/moe",), "repeating layers, each mixer/ffn; ffn is moe or mlp"
+  )
+  num_heads: int = option(16, "query heads N")
+  num_kv_heads: int = option(16, "key/value heads K; fewer than N is GQA")
+  head_dim: int = option(128, "size H of one head")
+  d_mlp: int = option(8192, "hidden width of dense `mlp` layers")
+  moe: MoEConfig = section(MoEConfig, "mixture-of-experts layers")
+  qk_norm: str = option(
+    "full", "norm of queries and keys: none, full (all heads at once) or head"
+  )
+  norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+  rope_theta: float = option(10000.0, "RoPE base")
+  tie_embeddings: bool = option(False, "output table = input table")
+  init_std: float = option(0.02, "std of the normal init, cut at 3 std")
+  dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32")
+  attention: str = option(
+    "auto", "attention back end: auto, plain, blockwise, cudnn or splash"
+  )
+  scan_layers: bool = option(True, "one compiled body for all repeats")
+  remat: str = option(
+    "none", "what the backward pass recomputes: none, full or dots"
+  )
+
+  def __post_init__(self):
+    require_positive(
+      "model", self, "vocab_size", "d_model", "num_layers", "num_heads",
+      "num_kv_heads", "head_dim", "d_mlp", "norm_eps", "rope_theta", "init_std",
+    )  # fmt: skip
+    require_choice("model.qk_norm", self.qk_norm, ("none", "full", "head"))
+    require_choice("model.dtype", self.dtype, ("bfloat16", "float32"))
+    require_choice(
+      "model.attention", self.attention,
+      ("auto", "plain", "blockwise", "cudnn", "splash"),
+    )  # fmt: skip
+    require_choice("model.remat", self.remat, ("none", "full", "dots"))
+    require(
+      self.num_heads % self.num_kv_heads == 0,
+      f"model.num_heads={self.num_heads} is not divisible by "
+      f"model.num_kv_heads={self.num_kv_heads}; use num_kv_heads="
+      f"{_nearest_divisor(self.num_heads, self.num_kv_heads)}",
+    )
+    require(
+      self.head_dim % 2 == 0,
+      f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs",
+    )
+    require(len(self.pattern) > 0, "model.pattern is empty; name one layer")
+    rest = self.num_layers - len(self.prefix)
+    require(
+      rest >= 0 and rest % len(self.pattern) == 0,
+      f"model.num_layers={self.num_layers} is not {len(self.prefix)} prefix "
+      f"layers plus a multiple of the pattern's {len(self.pattern)}; use "
+      f"{len(self.prefix) + max(1, rest // len(self.pattern)) * len(self.pattern)}",
+    )
+    for layer in self.layers:
+      assert layer
+
+  @property
+  def prefix_layers(self) -> tuple[LayerConfig, ...]:
+    return tuple(LayerConfig.parse(text) for text in self.prefix)
+
+  @property
+  def pattern_layers(self) -> tuple[LayerConfig, ...]:
+    return tuple(LayerConfig.parse(text) for text in self.pattern)
+
+  @property
+  def num_repeats(self) -> int:
+    return (self.num_layers - len(self.prefix)) // len(self.pattern)
+
+  @property
+  def layers(self) -> tuple[LayerConfig, ...]:
+    """All layers in order."""
+    return self.prefix_layers + self.pattern_layers * self.num_repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where tokens come from."""
+
+  sources: tuple[str, ...] = option(
+    ("python-stdlib",),
+    "python-stdlib, a TFDS name as tfds:NAME, or a file, folder or glob of "
+    ".txt .md .py .jsonl .jsonl.gz .parquet",
+  )
+  weights: tuple[float, ...] = option(
+    (), "share of each source in the rows; empty: in proportion to their size"
+  )
+  text_key: str = option("text", "field that holds the text in records")
+  tokenizer: str = option("byte", "byte, or the path of a tokenizer.json")
+  store: str = option("token_store", "folder of the prepared token stores")
+  seq_len: int = option(1024, "row length T in tokens")
+  validation_fraction: float = option(
+    0.01, "share of documents, chosen by hash, that are never trained on"
+  )
+  num_workers: int = option(0, "reader processes; 0 reads in threads")
+  prefetch_rows: int = option(256, "rows read ahead per worker")
+
+  def __post_init__(self):
+    require(len(self.sources) > 0, "data.sources is empty; name one source")
+    require(
+      len(set(self.sources)) == len(self.sources),
+      f"data.sources={self.sources} names a source twice; use data.weights",
+    )
+    if self.weights:
+      require(
+        len(self.weights) == len(self.sources),
+        f"data.weights has {len(self.weights)} entries for "
+        f"{len(self.sources)} data.sources; give one each",
+      )
+      require(
+        all(w >= 0 for w in self.weights) and sum(self.weights) > 0,
+        f"data.weights={self.weights} must be >= 0 and not all zero",
+      )
+    require_positive("data", self, "seq_len", "prefetch_rows")
+    require(self.num_workers >= 0, "data.num_workers is negative")
+    require(
+      0 <= self.validation_fraction < 1,
+      f"data.validation_fraction={self.validation_fraction} is not in [0, 1)",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+  """Learning rate over steps, as a share of the peak."""
+
+  name: str = option("wsd", "wsd (warm-up, stable, decay), cosine or linear")
+  warmup: float = option(
+    2000.0, "linear warm-up: steps if >= 1, a share of num_steps below 1"
+  )
+  decay: float = option(
+    0.1, "last part of wsd: steps if >= 1, a share of num_steps below 1"
+  )
+  decay_shape: str = option(
+    "1-sqrt", "shape of wsd's decay: exponential, linear, 1-sqrt or cosine"
+  )
+  final: float = option(0.1, "learning rate at the end, as a share of the peak")
+
+  def __post_init__(self):
+    require_choice(
+      "optimizer.schedule.name", self.name, ("wsd", "cosine", "linear")
+    )
+    require_choice(
+      "optimizer.schedule.decay_shape", self.decay_shape,
+      ("exponential", "linear", "1-sqrt", "cosine"),
+    )  # fmt: skip
+    for name in ("warmup", "decay"):
+      value = getattr(self, name)
+      require(
+        value >= 0 and (value < 1 or value == int(value)),
+        f"optimizer.schedule.{name}={value} is neither whole steps nor a share "
+        "below 1",
+      )
+    require(0 <= self.final <= 1, "optimizer.schedule.final is not in [0, 1]")
+    require(
+      self.final > 0 or self.decay_shape != "exponential" or self.name != "wsd",
+      "optimizer.schedule.final=0 is out of reach of an exponential decay; use "
+      "a small number such as 0.01, or another decay_shape",
+    )
+
+  def lengths(self, num_steps: int) -> tuple[int, int]:
+    """(warm-up steps, decay steps) of a run of `num_steps`."""
+    def steps(x: float) -> int:
+      return int(x) if x >= 1 else round(x * num_steps)
+
+    return steps(self.warmup), steps(self.decay) if self.name == "wsd" else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with a global-norm clip."""
+
+  learning_rate: float = option(4e-4, "peak learning rate")
+  schedule: ScheduleConfig = section(ScheduleConfig, "its shape over steps")
+  b1: float = option(0.9, "decay of the first moment")
+  b2: float = option(0.95, "decay of the second moment")
+  eps: float = option(1e-8, "added to the root of the second moment")
+  weight_decay: float = option(0.1, "decoupled decay, times the learning rate")
+  no_decay: tuple[str, ...] = option(
+    (), "regular expressions; parameters whose path matches are not decayed"
+  )
+  clip_norm: float = option(1.0, "largest global gradient norm; 0 is no clip")
+
+  def __post_init__(self):
+    require_positive("optimizer", self, "learning_rate", "eps")
+    for name in ("b1", "b2"):
+      value = getattr(self, name)
+      require(0 <= value < 1, f"optimizer.{name}={value} is not in [0, 1)")
+    require(self.weight_decay >= 0, "optimizer.weight_decay is negative")
+    require(self.clip_norm >= 0, "optimizer.clip_norm is negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """Terms of the loss and the scope of their means."""
+
+  z_loss: float = option(0.0, "weight of mean(logsumexp(logits)^2)")
+  load_balance: float = option(0.01, "weight of the load-balancing loss")
+  load_balance_scope: str = option(
+    "global", "where loads are counted: the global batch, or each sequence"
+  )
+  router_z: float = option(0.001, "weight of the router z-loss")
+  chunk_size: int = option(
+    1024, "tokens whose float32 logits exist at once; memory against speed"
+  )
+
+  def __post_init__(self):
+    require_choice(
+      "loss.load_balance_scope", self.load_balance_scope, ("global", "sequence")
+    )
+    require_positive("loss", self, "chunk_size")
+    for name in ("z_loss", "load_balance", "router_z"):
+      require(getattr(self, name) >= 0, f"loss.{name} is negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The length and size of the run."""
+
+  num_steps: int = option(10_000, "optimizer steps")
+  batch_size: int = option(32, "rows of a global batch B")
+  accumulation_steps: int = option(
+    1, "microbatches a batch is computed in; changes memory, not the result"
+  )
+
+  def __post_init__(self):
+    require_positive(
+      "train", self, "num_steps", "batch_size", "accumulation_steps"
+    )
+    require(
+      self.batch_size % self.accumulation_steps == 0,
+      f"train.batch_size={self.batch_size} is not divisible by "
+      f"train.accumulation_steps={self.accumulation_steps}; use "
+      f"{_nearest_divisor(self.batch_size, self.accumulation_steps)}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep."""
+
+  every: int = option(1000, "steps between checkpoints")
+  keep_last: int = option(2, "newest checkpoints to keep")
+  keep_every: int = option(0, "keep each multiple of this for good; 0 is none")
+
+  def __post_init__(self):
+    require_positive("checkpoint", self, "every", "keep_last")
+    require(self.keep_every >= 0, "checkpoint.keep_every is negative")
+    require(
+      self.keep_every % self.every == 0,
+      f"checkpoint.keep_every={self.keep_every} is not a multiple of "
+      f"checkpoint.every={self.every}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Validation during training."""
+
+  every: int = option(500, "steps between evaluations; 0 is never")
+  num_batches: int = option(16, "validation batches; fewer if they run out")
+  batch_size: int = option(0, "rows per batch; 0 takes a microbatch's")
+  sample_prompt: str = option("", "text continued at each evaluation")
+  sample_tokens: int = option(0, "tokens of that sample; 0 writes none")
+
+  def __post_init__(self):
+    for name in ("every", "batch_size", "sample_tokens"):
+      require(getattr(self, name) >= 0, f"eval.{name} is negative")
+    require_positive("eval", self, "num_batches")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole experiment."""
+
+  seed: int = option(0, "of parameters, data order and routing noise")
+  model: ModelConfig = section(ModelConfig, "architecture")
+  data: DataConfig = section(DataConfig, "data")
+  optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer")
+  loss: LossConfig = section(LossConfig, "loss")
+  train: TrainConfig = section(TrainConfig, "training")
+  checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
+  eval: EvalConfig = section(EvalConfig, "evaluation")
+
+  def __post_init__(self):
+    require(self.seed >= 0, f"seed={self.seed} is negative")
+    warmup, decay = self.optimizer.schedule.lengths(self.train.num_steps)
+    require(
+      warmup + decay <= self.train.num_steps,
+      f"optimizer.schedule: warm-up of {warmup} and decay of {decay} steps do "
+      f"not fit in train.num_steps={self.train.num_steps}; shorten them or use "
+      "shares such as 0.1",
+    )
+
+  @classmethod
+  def from_dict(cls, values: typing.Mapping[str, Any]) -> Self:
+    """Builds and checks a config from a (possibly partial) nested mapping.
+
+    Raises:
+      ConfigError: an unknown key (naming the nearest), a wrong type, or values
+        that do not fit together.
+    """
+    return _build(cls, values, "")
+
+  def to_dict(self) -> dict[str, Any]:
+    """Nested plain dictionary, the form stored as JSON with each run."""
+    return dataclasses.asdict(self)
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """All options at their defaults, as a locked ConfigDict to edit."""
+  config = ml_collections.ConfigDict(_defaults(Config))
+  return config.lock()
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+  """Default values of a schema class without its cross-checks."""
+  values = {}
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.type):
+      values[field.name] = _defaults(field.type)
+    else:
+      values[field.name] = field.default
+  return values
+
+
+def set_option(
+  config: ml_collections.ConfigDict, path: str, text: str
+) -> None:
+  """Sets `path` (dotted) of a ConfigDict from command-line text.
+
+  The schema gives the type, so `1e-3`, `true`, `3,4` and `none` mean what the
+  option needs and nothing else.
+  """
+  cls: type = Config
+  *parents, name = path.split(".")
+  for depth, parent in enumerate(parents):
+    cls = _field(cls, parent, ".".join(parents[:depth])).type
+    if not dataclasses.is_dataclass(cls):
+      raise ConfigError(f"{path}: {parent} is an option, not a section")
+  field = _field(cls, name, ".".join(parents))
+  if dataclasses.is_dataclass(field.type):
+    raise ConfigError(f"{path} is a section; set {path}.<option>=<value>")
+  value = _parse_text(field.type, text, path)
+  for parent in parents:
+    config = config[parent]
+  config[name] = value
+
+
+def describe_options(cls: type = Config, prefix: str = "") -> list[str]:
+  """One line an option, `name=default  meaning`, for `--help`."""
+  lines = []
+  for field in dataclasses.fields(cls):
+    path = prefix + field.name
+    if dataclasses.is_dataclass(field.type):
+      lines += describe_options(field.type, path + ".")
+    else:
+      lines.append(f"{path}={field.default!r}  {field.metadata['doc']}")
+  return lines
+
+
+def differences(
+  old: typing.Mapping[str, Any], new: typing.Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+  """`key: old -> new` for each leaf that differs between two config dicts."""
+  lines = []
+  for key in sorted({*old, *new}):
+    path = prefix + key
+    if key not in old or key not in new:
+      lines.append(f"{path}: {'added' if key not in old else 'removed'}")
+    elif isinstance(old[key], typing.Mapping):
+      lines += differences(old[key], new[key], path + ".")
+    elif _plain(old[key]) != _plain(new[key]):
+      lines.append(f"{path}: {_plain(old[key])!r} -> {_plain(new[key])!r}")
+  return lines
+
+
+def _plain(value: Any) -> Any:
+  """JSON has no tuples: compare both spellings alike."""
+  return list(value) if isinstance(value, (tuple, list)) else value
+
+
+def _field(cls: type, name: str, where: str) -> dataclasses.Field:
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  if name in fields:
+    return fields[name]
+  dotted = f"{where}.{name}" if where else name
+  everywhere = [line.split("=")[0] for line in describe_options()]
+  near = difflib.get_close_matches(name, fields, 1) or [
+    path for path in everywhere if path.split(".")[-1] == name
+  ]
+  if not near:
+    raise ConfigError(
+      f"no option {dotted!r}; {where or 'config'} has {', '.join(fields)}"
+    )
+  best = near[0] if "." in near[0] or not where else f"{where}.{near[0]}"
+  raise ConfigError(f"no option {dotted!r}; did you mean {best!r}?")
+
+
+def _build(cls: type, values: Any, where: str) -> Any:
+  if not isinstance(values, (typing.Mapping, ml_collections.ConfigDict)):
+    raise ConfigError(f"{where} is a section, got {values!r}")
+  kwargs = {}
+  for name in values:
+    field = _field(cls, name, where)
+    path = f"{where}.{name}" if where else name
+    if dataclasses.is_dataclass(field.type):
+      kwargs[name] = _build(field.type, values[name], path)
+    else:
+      kwargs[name] = _check_type(field.type, values[name], path)
+  return cls(**kwargs)
+
+
+def _check_type(kind: Any, value: Any, path: str) -> Any:
+  if isinstance(kind, types.GenericAlias):
+    if not isinstance(value, (tuple, list)):
+      raise ConfigError(f"{path}={value!r} must be a tuple, e.g. ({value!r},)")
+    element = typing.get_args(kind)[0]
+    return tuple(_check_type(element, v, path) for v in value)
+  if kind is float and type(value) is int:
+    return float(value)
+  if type(value) is not kind:
+    raise ConfigError(
+      f"{path}={value!r} must be {kind.__name__}, not {type(value).__name__}"
+    )
+  return value
+
+
+def _parse_text(kind: Any, text: str, path: str) -> Any:
+  if isinstance(kind, types.GenericAlias):
+    element = typing.get_args(kind)[0]
+    parts = text.strip("()[] ").split(",")
+    parts = [part.strip(" '\"") for part in parts]
+    return tuple(_parse_text(element, p, path) for p in parts if p)
+  if kind is bool:
+    if text.lower() not in ("true", "false"):
+      raise ConfigError(f"{path}={text!r} must be true or false")
+    return text.lower() == "true"
+  try:
+    return kind(text)
+  except ValueError:
+    raise ConfigError(f"{path}={text!r} must be {kind.__name__}") from None
+
+
+def _nearest_divisor(n: int, wanted: int) -> int:
+  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  return min(divisors, key=lambda d: (abs(d - wanted), d))

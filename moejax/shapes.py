@@ -1,0 +1,19 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The letters that end array names: one legend for the whole code.
+
+`x_BTD` is an array of shape [batch, tokens, model width]; weights follow the
+same rule (`w_gate_EDF`), and einsum letters match the suffixes.
+
+  B  batch rows                 E  experts
+  T  tokens of a row, queries   X  experts per token
+  S  keys                       A  assignments (token, expert), at most T*X
+  D  model width                C  capacity of one expert
+  N  query heads                F  hidden width of an expert or MLP
+  K  key/value heads            V  vocabulary
+  H  size of one head           L  layers
+  G  query heads per KV head    R  repeats of the layer pattern
+
+Where a layer flattens its rows, `T` counts all of the batch's tokens.
+"""
+
+LEGEND = "BTSDNKHGEXACFVLR"

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names with arguments in a config string: `top_k(k=8, score="sigmoid")`.
+
+The string is parsed, never evaluated: a dotted name and keyword literals.
+"""
+
+import ast
+import dataclasses
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """A function's name and its keyword arguments."""
+
+  name: str
+  kwargs: dict[str, Any]
+
+  @classmethod
+  def parse(cls, text: str) -> Self:
+    """Parses `name`, `name(k=1)` or `pkg.module.name(k=1)`.
+
+    Raises:
+      ValueError: anything but a dotted name and keyword literals.
+    """
+    try:
+      node = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+      raise ValueError(f"{text!r} is not of the form name(key=value)") from None
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if call.args:
+      raise ValueError(f"{text!r}: write arguments as key=value")
+    kwargs = {}
+    for keyword in call.keywords:
+      try:
+        kwargs[str(keyword.arg)] = ast.literal_eval(keyword.value)
+      except ValueError:
+        raise ValueError(
+          f"{text!r}: {keyword.arg} must be a literal such as 8, 0.5 or 'name'"
+        ) from None
+    return cls(_dotted(call.func, text), kwargs)
+
+
+def _dotted(node: ast.expr, text: str) -> str:
+  if isinstance(node, ast.Name):
+    return node.id
+  if isinstance(node, ast.Attribute):
+    return f"{_dotted(node.value, text)}.{node.attr}"
+  raise ValueError(f"{text!r} does not start with a name")
