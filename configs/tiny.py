@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small dropless MoE that learns Python on a laptop CPU in two minutes.
+
+  moejax data prepare --config=configs/tiny.py
+  moejax train --config=configs/tiny.py --workdir=runs/tiny
+
+OLMoE's shape in small: top-k of softmax without renormalisation, QK-norm,
+SwiGLU experts, load-balancing and router z-loss. Bytes as tokens.
+"""
+
+from moejax.config import default_config
+
+
+def get_config():
+  config = default_config()
+
+  model = config.model
+  model.vocab_size = 320  # 256 bytes and 3 special tokens, padded
+  model.d_model = 128
+  model.num_layers = 4
+  model.num_heads = 4
+  model.num_kv_heads = 4
+  model.head_dim = 32
+  model.moe.num_experts = 8
+  model.moe.d_expert = 128
+  model.moe.router = "top_k(k=2)"
+  model.dtype = "float32"  # CPUs emulate bfloat16
+
+  config.data.sources = ("python-stdlib",)
+  config.data.seq_len = 256
+
+  config.train.num_steps = 300
+  config.train.batch_size = 16
+
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule.warmup = 20.0
+  config.optimizer.schedule.decay = 0.2
+
+  config.checkpoint.every = 100
+  config.eval.every = 100
+  config.eval.sample_prompt = "def "
+  config.eval.sample_tokens = 200
+  return config

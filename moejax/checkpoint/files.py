@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that survive a power cut, and their digests; local or gs:// paths."""
+
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+
+from etils import epath
+
+CHUNK = 4 << 20  # bytes read at a time
+THREADS = 4  # hashlib lets go of the interpreter lock
+
+
+def is_local(path: epath.Path) -> bool:
+  return "://" not in os.fspath(path)
+
+
+def list_files(folder: epath.Path) -> list[str]:
+  """All files below the folder, links included, as sorted relative names."""
+  names = []
+  for root, _, files in folder.walk():
+    names += [os.fspath(root.relative_to(folder) / name) for name in files]
+  return sorted(names)
+
+
+def digest_files(
+  folder: epath.Path, names: Sequence[str], sync: bool = False
+) -> dict[str, tuple[int, str] | OSError]:
+  """(bytes, SHA-256) of each file, or the error that reading it gave.
+
+  Args:
+    folder: what the names are relative to.
+    names: files to read.
+    sync: also brings each file and its folders to the disk.
+  """
+  def digest(name: str) -> tuple[int, str] | OSError:
+    try:
+      return _digest(folder / name, sync)
+    except OSError as e:
+      return e
+
+  with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+    digests = dict(zip(names, pool.map(digest, names)))
+  if sync:
+    for parent in {(folder / name).parent for name in names}:
+      while parent != folder.parent:
+        sync_folder(parent)
+        parent = parent.parent
+  return digests
+
+
+def _digest(path: epath.Path, sync: bool) -> tuple[int, str]:
+  size, digest = 0, hashlib.sha256()
+  with path.open("rb") as f:
+    while chunk := f.read(CHUNK):
+      size += len(chunk)
+      digest.update(chunk)
+    if sync and is_local(path):
+      os.fsync(f.fileno())
+  return size, digest.hexdigest()
+
+
+def write_text(path: epath.Path, text: str) -> None:
+  """Writes the file and brings it to the disk."""
+  with path.open("w") as f:
+    f.write(text)
+    if is_local(path):
+      f.flush()
+      os.fsync(f.fileno())
+
+
+def sync_folder(folder: epath.Path) -> None:
+  """Brings the folder's list of names to the disk; object stores have none."""
+  if not is_local(folder):
+    return
+  fd = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  except OSError as e:
+    if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts
+      raise
+  finally:
+    os.close(fd)
+
+
+def rename(source: epath.Path, target: epath.Path) -> None:
+  source.replace(target)
+  sync_folder(target.parent)
+
+
+def remove(path: epath.Path) -> None:
+  """Removes a file, link or folder if it is there."""
+  with contextlib.suppress(FileNotFoundError):
+    if path.is_dir() and not (is_local(path) and os.path.islink(path)):
+      path.rmtree()
+    else:
+      path.unlink()
+
+
+def free_bytes(folder: epath.Path) -> int | None:
+  """Free space, None where that is not known."""
+  if not is_local(folder):
+    return None
+  try:
+    return shutil.disk_usage(folder).free
+  except OSError:
+    return None

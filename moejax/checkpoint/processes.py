@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agreement between the processes of a run; nothing to do if there is one."""
+
+import jax
+import numpy as np
+
+BARRIER_TIMEOUT = 1200  # seconds; as long as Orbax waits
+
+
+def is_first() -> bool:
+  return jax.process_index() == 0
+
+
+def from_first(value: int) -> int:
+  """Process 0's value, on all; main thread only (it uses the devices)."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def all_true(value: bool) -> bool:
+  """Whether the value is true on all processes; main thread only."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
+
+
+def barrier(name: str) -> None:
+  """Waits for all processes; any thread, as no device takes part."""
+  if jax.process_count() == 1:
+    return
+  from orbax.checkpoint import multihost
+
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_TIMEOUT * 1000)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing checkpoints behind the training loop's back, and retiring old ones."""
+
+import json
+import logging
+import operator
+import os
+import threading
+from collections.abc import Mapping
+from typing import Any, Self
+
+from etils import epath
+
+from moejax.checkpoint import arrays, files, layout, leaves, processes
+from moejax.checkpoint.manifest import ARRAYS, META, UNFINISHED, Manifest
+from moejax.checkpoint.reader import CheckpointReader
+from moejax.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+THREAD = "moejax-checkpoint"
+# One file for each process, with the digests of its share of a step's files.
+DIGESTS = "digests.{}.json"
+
+
+class Checkpointer(CheckpointReader):
+  """Saves, keeps and restores the checkpoints of one run.
+
+  Only the holder of the run's lock may make one, as it removes what a dead run
+  left unfinished; everybody else uses `CheckpointReader`. With several
+  processes each makes one, and all call the same methods.
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    every: int,
+    keep_last: int,
+    keep_every: int = 0,
+  ):
+    """Makes the folder and removes unfinished steps from it.
+
+    Args:
+      directory: where the steps are; local or gs://.
+      every: steps between checkpoints.
+      keep_last: how many of the newest stay.
+      keep_every: multiples of this stay for good; 0 is none.
+
+    Raises:
+      CheckpointError: the folder cannot be made or written.
+    """
+    super().__init__(directory)
+    self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
+    self._thread: threading.Thread | None = None
+    self._error: CheckpointError | None = None
+    arrays.load_orbax()
+    if not processes.is_first():
+      return
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      files.sync_folder(self.directory.parent)
+      for step in layout.numbered(self.directory):
+        if layout.kind(self._folder(step)) != layout.Kind.UNFINISHED:
+          continue
+        logger.warning(
+          "removing the unfinished checkpoint of step %d in %s",
+          step, self.directory,
+        )  # fmt: skip
+        layout.delete(self._folder(step))
+    except OSError as e:
+      raise CheckpointError(
+        f"cannot write checkpoints to {self.directory}: {e.strerror or e}"
+      ) from e
+
+  def should_save(self, step: int) -> bool:
+    """Whether `every` asks for a checkpoint after this step."""
+    return step > 0 and step % self.every == 0
+
+  def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+    """Copies the state to the host, then writes it in the background.
+
+    The state's buffers may be donated or changed as soon as this returns. A
+    save that is still running is waited for.
+
+    Args:
+      step: finished optimizer steps; later than `latest()`.
+      state: pytree of arrays; its top level is a dict, dataclass or tuple.
+      meta: JSON to keep with it.
+
+    Raises:
+      CheckpointError: the save before this one failed (and this one was not
+        begun), the step is not new, the state or meta cannot be stored, or the
+        disk refused.
+    """
+    self.wait()
+    step = operator.index(step)
+    table = leaves.describe(state)
+    if not table:
+      raise CheckpointError("the state to save has no leaves")
+    text = _to_json(meta)
+    newest = self.latest()
+    if newest is not None and step <= newest:
+      raise CheckpointError(
+        f"cannot save step {step}: {self.directory} holds step {newest}. Go on "
+        "from that, or use another workdir"
+      )
+    needed = leaves.num_bytes(state)
+    folder = self._folder(step)
+    try:
+      if processes.is_first():
+        self._make_room(step)
+        layout.begin(folder)
+        files.write_text(folder / META, text)
+      saving = arrays.start_save(folder / ARRAYS, state)
+    except Exception as e:
+      raise self._failed(step, needed, e) from e
+    self._thread = threading.Thread(
+      target=self._finish, args=(step, saving, table, needed), name=THREAD
+    )
+    self._thread.start()
+
+  def check(self) -> None:
+    """Raises, once, the CheckpointError of a background save that failed.
+
+    Takes microseconds; meant for every step. Saving may go on after it.
+    """
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def wait(self) -> None:
+    """Waits for the running save; raises as `check` does."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    self.check()
+
+  def close(self) -> None:
+    """The same as `wait`."""
+    self.wait()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind, error, traceback) -> None:
+    try:
+      self.close()
+    except CheckpointError as e:
+      if error is None:
+        raise
+      logger.error("%s", e)  # the error on its way is the one to report
+
+  def _finish(
+    self, step: int, saving: Any, table: Mapping[str, leaves.Leaf], needed: int
+  ) -> None:
+    """Waits for the arrays, then commits; the background thread's body."""
+    try:
+      try:
+        saving.wait_until_finished()
+      finally:
+        saving.close()
+      self._commit(step, table)
+    except BaseException as e:
+      self._error = self._failed(step, needed, e)
+      return
+    if processes.is_first():
+      self._retire(step)
+
+  def _commit(self, step: int, table: Mapping[str, leaves.Leaf]) -> None:
+    folder = self._folder(step)
+    digests = _all_digests(folder, step)
+    if processes.is_first():
+      layout.commit(folder, Manifest(step, table, digests).to_text())
+    processes.barrier(f"moejax_committed_{step}")
+    if not self._is_committed(step):
+      raise CheckpointError("process 0 did not commit it")
+    self._damaged.pop(step, None)
+    self._intact.add(step)
+
+  def _failed(
+    self, step: int, needed: int, cause: BaseException
+  ) -> CheckpointError:
+    """Removes what there is of the step; returns the error to raise."""
+    free = files.free_bytes(self.directory)
+    space = "" if free is None else f", {_size(free)} free on its disk"
+    # Library messages name hundreds of internals after the first lines.
+    reason = " ".join(str(cause).split())[:400]
+    message = (
+      f"saving step {step} to {self.directory} failed: it needs about "
+      f"{_size(needed)}{space}; {type(cause).__name__}: {reason}"
+    )
+    if processes.is_first():
+      try:
+        layout.delete(self._folder(step))
+      except OSError as e:
+        message += f"; the unfinished folder could not be removed: {e}"
+    error = CheckpointError(message)
+    error.__cause__ = cause
+    return error
+
+  def _make_room(self, step: int) -> None:
+    """Clears the step's folder of what is there and is no checkpoint."""
+    folder = self._folder(step)
+    match layout.kind(folder):
+      case layout.Kind.STRAY:
+        moved = layout.move_aside(folder)
+        logger.warning("%s was in the way; moved it to %s", folder, moved)
+      case layout.Kind.COMMITTED | layout.Kind.UNFINISHED:
+        # `save` has made sure that a committed one is damaged.
+        logger.warning("replacing the damaged checkpoint %s", folder)
+        layout.delete(folder)
+
+  def _retire(self, newest: int) -> None:
+    """Deletes what retention does not keep, and damaged steps passed by."""
+    try:
+      good = self.steps()
+      kept = set(good[-self.keep_last :]) | {newest}
+      if self.keep_every:
+        kept |= {step for step in good if step % self.keep_every == 0}
+      damaged = {step for step in self._damaged if step < newest}
+      for step in sorted((set(good) | damaged) - kept):
+        layout.delete(self._folder(step))
+        self._damaged.pop(step, None)
+    except OSError as e:
+      logger.warning("could not delete an old checkpoint: %s", e)
+
+
+def _all_digests(
+  folder: epath.Path, step: int
+) -> dict[str, tuple[int, str]]:
+  """Digests of all files of a step, each process reading its share.
+
+  Raises:
+    OSError: a file could not be read, on whichever process.
+  """
+  import jax
+
+  index, count = jax.process_index(), jax.process_count()
+  own = [UNFINISHED, *(DIGESTS.format(i) for i in range(count))]
+  names = [name for name in files.list_files(folder) if name not in own]
+  digests = files.digest_files(folder, names[index::count], sync=True)
+  digests = {
+    name: str(entry) if isinstance(entry, OSError) else entry
+    for name, entry in digests.items()
+  }
+  if count > 1:
+    # A file, not a message: it works on every store and needs no devices,
+    # which train meanwhile.
+    files.write_text(folder / DIGESTS.format(index), json.dumps(digests))
+    processes.barrier(f"moejax_digests_{step}")
+    if index == 0:
+      for i in range(count):
+        digests |= json.loads((folder / DIGESTS.format(i)).read_text())
+        files.remove(folder / DIGESTS.format(i))
+  for name, entry in digests.items():
+    if isinstance(entry, str):
+      raise OSError(f"{name}: {entry}")
+  return {name: tuple(entry) for name, entry in digests.items()}
+
+
+def _to_json(meta: Mapping[str, Any]) -> str:
+  try:
+    text = json.dumps(meta, indent=1, sort_keys=True, allow_nan=False)
+  except (TypeError, ValueError) as e:
+    raise CheckpointError(f"the checkpoint's meta is not JSON: {e}") from e
+  return text + "\n"
+
+
+def _size(n: int) -> str:
+  """Bytes for people: 1.5 MB."""
+  for unit in ("bytes", "kB", "MB", "GB"):
+    if n < 1000:
+      return f"{n} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+    n /= 1000
+  return f"{n:.1f} TB"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands share: reading `--config=FILE[:arg]` and its overrides."""
+
+import argparse
+import importlib.util
+import os
+import re
+import sys
+import typing
+
+import ml_collections
+
+from moejax import config as config_lib
+from moejax.errors import ConfigError
+
+
+def add_config_arguments(
+  parser: argparse.ArgumentParser, required: bool = True
+) -> None:
+  """Adds `--config`; overrides are left over and go to `parse_config`."""
+  parser.add_argument(
+    "--config", required=required, metavar="FILE.py[:ARG]",
+    help="config file; its get_config(ARG) returns the experiment. "
+    "Override single options with --config.SECTION.OPTION=VALUE",
+  )  # fmt: skip
+  parser.epilog = (
+    "Options of a config: moejax train --help-config lists them all."
+  )
+
+
+def parse_config(path: str, extra_args: list[str]) -> config_lib.Config:
+  """Reads the config file, applies the overrides, checks the whole.
+
+  Args:
+    path: `FILE.py` or `FILE.py:arg`.
+    extra_args: leftover arguments, each `--config.a.b=value` (or two words).
+
+  Raises:
+    ConfigError: a missing file, an unknown key, a wrong type or impossible
+      values; one line that names the key and the fix.
+  """
+  config = load_config_file(path)
+  apply_overrides(config, extra_args)
+  return config_lib.Config.from_dict(config)
+
+
+def load_config_file(path: str) -> ml_collections.ConfigDict:
+  """The ConfigDict that `get_config` of the file returns."""
+  filename, _, arg = path.partition(":")
+  if not os.path.isfile(filename):
+    raise ConfigError(f"no config file {filename!r}; see configs/ for examples")
+  make_importable(os.path.dirname(os.path.abspath(filename)))
+  name = re.sub(r"\W", "_", os.path.splitext(os.path.basename(filename))[0])
+  spec = importlib.util.spec_from_file_location(f"config_{name}", filename)
+  module = importlib.util.module_from_spec(typing.cast(typing.Any, spec))
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as e:
+    raise ConfigError(f"{filename}, line {e.lineno}: {e.msg}") from e
+  except ModuleNotFoundError as e:
+    raise ConfigError(f"{filename}: {e}") from e
+  if not hasattr(module, "get_config"):
+    raise ConfigError(f"{filename} has no function get_config")
+  try:
+    return module.get_config(arg) if arg else module.get_config()
+  except (AttributeError, KeyError, TypeError, ValueError) as e:
+    raise ConfigError(f"{filename}: {_explain(e)}") from e
+
+
+def apply_overrides(
+  config: ml_collections.ConfigDict, extra_args: list[str]
+) -> None:
+  """Applies `--config.a.b=value` arguments in order."""
+  rest = list(extra_args)
+  while rest:
+    arg = rest.pop(0)
+    match = re.fullmatch(r"--config\.([\w.]+)(?:=(.*))?", arg, re.DOTALL)
+    if not match:
+      raise ConfigError(
+        f"unknown argument {arg!r}; config options are written "
+        "--config.SECTION.OPTION=VALUE"
+      )
+    path, value = match.groups()
+    if value is None:
+      if not rest:
+        raise ConfigError(f"--config.{path} has no value")
+      value = rest.pop(0)
+    config_lib.set_option(config, path, value)
+
+
+def make_importable(folder: str) -> None:
+  """Routers may live beside the config or in the working directory."""
+  for path in (folder, os.getcwd()):
+    if path not in sys.path:
+      sys.path.append(path)
+
+
+def _explain(error: Exception) -> str:
+  """The first line of ConfigDict's messages, without its dump of all keys."""
+  text = str(error.args[0]) if error.args else str(error)
+  match = re.match(r'Key "(\w+)" does not exist', text)
+  if match:
+    near = re.search(r'Did you mean "(\w+)"', text)
+    hint = f"; did you mean {near[1]!r}?" if near else ""
+    return f"no option {match[1]!r}{hint}"
+  return text.split("\n")[0]

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token ids and back: plain bytes, or any Hugging Face tokenizer.json.
+
+A tokenizer is known by its digest, which token stores and checkpoints keep, so
+that ids are never read with another tokenizer than the one that wrote them.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from typing import Iterable, Iterator, Protocol
+
+import numpy as np
+
+from moejax.errors import DataError
+
+FILE_NAME = "tokenizer.json"
+BOS_NAMES = (
+  "<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>",
+  "<|beginoftext|>",
+)  # fmt: skip
+EOS_NAMES = (
+  "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|eos|>",
+)  # fmt: skip
+PAD_NAMES = ("<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>")
+_CHUNK = 1 << 20  # characters encoded at a time; bounds memory on huge texts
+
+
+class Tokenizer(Protocol):
+  """What the rest of moejax knows of a tokenizer.
+
+  Attributes:
+    name: short, for folder names and reports.
+    vocab_size: ids are in [0, vocab_size).
+    bos_id, pad_id: special ids, None where the tokenizer has none.
+    eos_id: the id that ends each document.
+    digest: SHA-256 (hex) of all that decides the ids.
+  """
+
+  name: str
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int
+  pad_id: int | None
+  digest: str
+
+  def encode(self, text: str) -> np.ndarray:
+    """[n] int32 ids of the text; never special ids, whatever it says."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of the ids; special and unknown ids are left out."""
+
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes `tokenizer.json`, from which `load_tokenizer(folder)` reads."""
+
+
+class ByteTokenizer:
+  """The 256 bytes of UTF-8, then pad, bos and eos."""
+
+  name = "byte"
+  vocab_size = 259
+  pad_id = 256
+  bos_id = 257
+  eos_id = 258
+  digest = hashlib.sha256(
+    b"moejax byte tokenizer 1: 256 bytes, pad 256, bos 257, eos 258"
+  ).hexdigest()
+
+  def encode(self, text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return bytes(i for i in map(int, ids) if 0 <= i < 256).decode(
+      "utf-8", errors="replace"
+    )
+
+  def save(self, folder: str | os.PathLike) -> None:
+    text = json.dumps({"moejax_tokenizer": self.name}) + "\n"
+    pathlib.Path(folder, FILE_NAME).write_text(text)
+
+
+class FileTokenizer:
+  """A `tokenizer.json` read by the `tokenizers` library.
+
+  Args:
+    path: the file, for messages and the name.
+    text: its content.
+
+  Raises:
+    DataError: not a tokenizer, or one without an end-of-text token.
+  """
+
+  def __init__(self, path: pathlib.Path, text: str):
+    # Threads inside the library fight with our own processes for the cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tokenizers
+
+    try:
+      canonical = json.dumps(json.loads(text), sort_keys=True)
+      self._tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as e:  # the library raises bare Exception
+      raise DataError(f"{path} is not a tokenizer.json: {e}") from None
+    self._text = text
+    self._configure()
+    self.digest = hashlib.sha256(canonical.encode()).hexdigest()
+    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+    self.vocab_size = max(self.vocab_size, largest + 1)
+    special = {
+      token.content: number
+      for number, token in self._tokenizer.get_added_tokens_decoder().items()
+      if token.special
+    }
+    self.bos_id = _first(special, BOS_NAMES)
+    self.pad_id = _first(special, PAD_NAMES)
+    eos_id = _first(special, EOS_NAMES)
+    if eos_id is None:
+      raise DataError(
+        f"{path} has no end-of-text token among its special tokens "
+        f"({', '.join(sorted(special)) or 'none'}); add one of "
+        f"{', '.join(EOS_NAMES)}"
+      )
+    self.eos_id = eos_id
+    stem = path.parent.name if path.name == FILE_NAME else path.stem
+    self.name = re.sub(r"[^A-Za-z0-9.]+", "_", stem).strip("_.")[:32] or "file"
+
+  def _configure(self) -> None:
+    # Text that spells a special token stays text, and nothing is ever cut.
+    self._tokenizer.encode_special_tokens = True
+    self._tokenizer.no_truncation()
+    self._tokenizer.no_padding()
+
+  def encode(self, text: str) -> np.ndarray:
+    parts = [
+      self._tokenizer.encode_batch_fast([chunk], add_special_tokens=False)[0].ids
+      for chunk in _chunks(text)
+    ]
+    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+  def save(self, folder: str | os.PathLike) -> None:
+    pathlib.Path(folder, FILE_NAME).write_text(self._text, encoding="utf-8")
+
+  def __getstate__(self) -> dict:
+    return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
+
+  def __setstate__(self, state: dict) -> None:
+    import tokenizers
+
+    self.__dict__.update(state)
+    self._tokenizer = tokenizers.Tokenizer.from_str(self._text)
+    self._configure()
+
+
+def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
+  """The tokenizer of `byte`, a tokenizer.json, or a folder that holds one.
+
+  Raises:
+    DataError: the file is missing, unreadable, or not a usable tokenizer.
+  """
+  if spec == "byte":
+    return ByteTokenizer()
+  path = pathlib.Path(spec)
+  if path.is_dir():
+    path = path / FILE_NAME
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    raise DataError(
+      f"no tokenizer at {path}; name `byte` or a tokenizer.json, or run: "
+      "moejax data train-tokenizer"
+    ) from None
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f"cannot read the tokenizer {path}: {e}") from None
+  if text.startswith('{"moejax_tokenizer"'):
+    return ByteTokenizer()
+  return FileTokenizer(path, text)
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
+  """[n] int32: bos (if the tokenizer has one), the text, eos."""
+  ids = tokenizer.encode(text)
+  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  parts = (np.array(bos, np.int32), ids, np.array([tokenizer.eos_id], np.int32))
+  return np.concatenate(parts)
+
+
+class TextStream:
+  """Decodes ids as they are generated, never showing half a character.
+
+  `push(id)` returns the text that became certain; `flush()` the rest.
+  """
+
+  _KEEP = 8  # ids of context, which some decoders need to place spaces
+  _HELD = 3  # a UTF-8 character may lack this many bytes
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._ids: list[int] = []
+    self._shown = 0
+
+  def push(self, token_id: int) -> str:
+    self._ids.append(int(token_id))
+    text = self._tokenizer.decode(self._ids)
+    whole = text
+    for _ in range(self._HELD):
+      whole = whole.removesuffix("\ufffd")
+    new = whole[self._shown :]
+    self._shown = max(self._shown, len(whole))
+    if whole == text and len(self._ids) > 4 * self._KEEP:
+      self._ids = self._ids[-self._KEEP :]
+      self._shown = len(self._tokenizer.decode(self._ids))
+    return new
+
+  def flush(self) -> str:
+    text = self._tokenizer.decode(self._ids)[self._shown :]
+    self._ids, self._shown = [], 0
+    return text
+
+
+def train_tokenizer(
+  texts: Iterable[str],
+  vocab_size: int,
+  output: str | os.PathLike,
+) -> FileTokenizer:
+  """Trains a byte-level BPE and writes it; equal texts give an equal file.
+
+  Args:
+    texts: documents.
+    vocab_size: entries, with the 256 bytes and the 2 special tokens.
+    output: a `.json` file, or a folder for `tokenizer.json`.
+
+  Raises:
+    DataError: no text, too small a vocabulary, or the output is unwritable.
+  """
+  os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  special = ["<|padding|>", "<|endoftext|>"]
+  smallest = 256 + len(special)
+  if vocab_size < smallest:
+    raise DataError(f"vocab_size={vocab_size} is below {smallest}, the bytes")
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=special,
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  if tokenizer.get_vocab_size() <= smallest:
+    raise DataError("the sources hold too little text to train a tokenizer on")
+  path = pathlib.Path(output)
+  if path.suffix != ".json":
+    path = path / FILE_NAME
+  text = tokenizer.to_str(pretty=True)
+  partial = path.with_name(path.name + ".partial")
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+  except OSError as e:
+    raise DataError(f"cannot write {path}: {e.strerror}") from None
+  return FileTokenizer(path, text)
+
+
+def _first(special: dict[str, int], names: tuple[str, ...]) -> int | None:
+  for name in names:
+    if name in special:
+      return special[name]
+  return None
+
+
+def _chunks(text: str) -> Iterator[str]:
+  """Cuts a huge text after line ends; texts of ordinary size stay whole."""
+  start = 0
+  while len(text) - start > _CHUNK:
+    end = text.rfind("\n", start + 1, start + _CHUNK) + 1 or start + _CHUNK
+    yield text[start:end]
+    start = end
+  yield text[start:]

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dropless: rows sorted by expert, one grouped product, weighted sum.
+
+No expert has a capacity, so nothing is dropped or padded (Gale et al. 2022,
+"MegaBlocks"). Where each token has the same number X of assignments, rows move
+by permutation in both directions and in the gradient; other routings scatter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.routing.base import Routing
+
+Array = jax.Array
+
+
+def ragged(
+  expert_fn: Callable[[Array, Array, Any], Array],
+  weights: Any,
+  x_TD: Array,
+  routing: Routing,
+  combine: bool = True,
+) -> Array:
+  """Sorts assignments by expert and computes exactly those.
+
+  Args:
+    expert_fn: `(h_AD, group_sizes_E, weights) -> y_AD`; rows beyond the sum of
+      the group sizes (assignments that go nowhere) come back as zeros.
+    weights: the experts' weights, handed through.
+    x_TD: tokens.
+    routing: assignments; those with expert E contribute nothing.
+    combine: False returns one unweighted row per assignment, y_AD.
+  """
+  order_A, place_A, sizes_E = sort_by_expert(
+    routing.expert_A, routing.num_experts
+  )
+  X = routing.experts_per_token
+  if X:
+    h_AD = gather_sorted(x_TD, order_A, place_A, X)
+  else:
+    h_AD = x_TD[routing.token_A[order_A]]
+  y_AD = expert_fn(h_AD, sizes_E, weights)
+  y_AD = permute(y_AD, place_A, order_A)
+  if not combine:
+    return y_AD
+  T = x_TD.shape[0]
+  weight_A = routing.weight_A.astype(y_AD.dtype)
+  if X:
+    y_TXD = y_AD.reshape(T, X, -1)
+    return jnp.einsum("txd,tx->td", y_TXD, weight_A.reshape(T, X))
+  y_TD = jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype)
+  return y_TD.at[routing.token_A].add(y_AD * weight_A[:, None])
+
+
+def sort_by_expert(
+  expert_A: Array, num_experts: int
+) -> tuple[Array, Array, Array]:
+  """(order, place, group sizes): `sorted = x[order]`, `x = sorted[place]`.
+
+  Assignments to expert E (nowhere) come last and are in no group. The sort is
+  stable, so the order within an expert is the tokens' own.
+  """
+  order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+  A = expert_A.shape[0]
+  place_A = jnp.zeros(A, jnp.int32).at[order_A].set(
+    jnp.arange(A, dtype=jnp.int32), unique_indices=True
+  )
+  # Counting by comparison: A x E booleans are cheaper than a scatter.
+  sizes_E = (expert_A[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
+  return order_A, place_A, sizes_E
+
+
+@jax.custom_vjp
+def permute(x_AD: Array, to_A: Array, back_A: Array) -> Array:
+  """`x[to]` for a permutation whose inverse is `back`."""
+  del back_A
+  return x_AD[to_A]
+
+
+def _permute_fwd(x_AD, to_A, back_A):
+  return x_AD[to_A], back_A
+
+
+def _permute_bwd(back_A, dy_AD):
+  # A gather, where autodiff would emit a scatter-add.
+  return dy_AD[back_A], None, None
+
+
+permute.defvjp(_permute_fwd, _permute_bwd)
+
+
+def gather_sorted(
+  x_TD: Array, order_A: Array, place_A: Array, X: int
+) -> Array:
+  """Row `a` of the result is token `order[a] // X`."""
+  return _gather_sorted(X, x_TD, order_A, place_A)
+
+
+def _gather(X, x_TD, order_A, place_A):
+  del place_A
+  return x_TD[order_A // X]
+
+
+_gather_sorted = jax.custom_vjp(_gather, nondiff_argnums=(0,))
+
+
+def _gather_fwd(X, x_TD, order_A, place_A):
+  return _gather(X, x_TD, order_A, place_A), place_A
+
+
+def _gather_bwd(X, place_A, dh_AD):
+  dh_TXD = dh_AD[place_A].reshape(-1, X, dh_AD.shape[-1])
+  return dh_TXD.sum(1), None, None
+
+
+_gather_sorted.defvjp(_gather_fwd, _gather_bwd)

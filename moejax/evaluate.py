@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss on text that was not trained on."""
+
+import argparse
+import functools
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import data as data_lib
+from moejax.config import Config
+from moejax.data.tokenizer import Tokenizer
+from moejax.losses import router_metrics
+from moejax.models import Transformer
+from moejax.runs import load_run
+from moejax.step import make_eval_step
+
+
+def evaluate(
+  config: Config,
+  model: Transformer,
+  params: Any,
+  stores: Any,
+  tokenizer: Tokenizer,
+) -> dict[str, float]:
+  """Means over the first `eval.num_batches` validation batches.
+
+  Returns:
+    `validation/xent` (nats per token), `validation/perplexity`,
+    `validation/bits_per_byte`, `validation/tokens` and the routers' metrics.
+  """
+  size = config.eval.batch_size or (
+    config.train.batch_size // config.train.accumulation_steps
+  )
+  batches = data_lib.validation_batches(
+    stores, config.data, size, config.eval.num_batches
+  )
+  values = evaluate_batches(config, model, params, batches, tokenizer)
+  return {f"validation/{key}": value for key, value in values.items()}
+
+
+def evaluate_batches(
+  config: Config, model: Transformer, params: Any, batches, tokenizer: Tokenizer
+) -> dict[str, float]:
+  """Means over all targets of `batches`; see `evaluate`."""
+  eval_step = _jitted_eval_step(config, model)
+  xent = tokens = num_bytes = 0.0
+  stats = None
+  for batch in batches:
+    arrays = {
+      key: jnp.asarray(batch[key])
+      for key in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+    }
+    sums, batch_stats = jax.device_get(eval_step(params, arrays))
+    xent += float(sums.xent)
+    tokens += float(sums.tokens)
+    num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
+    if batch_stats is not None:
+      flat = jax.tree.map(lambda x: x.sum(1, keepdims=True), batch_stats)
+      stats = flat if stats is None else jax.tree.map(np.add, stats, flat)
+  mean = xent / max(tokens, 1.0)
+  values = {
+    "xent": mean,
+    "perplexity": math.exp(min(mean, 700.0)),
+    "bits_per_byte": xent / math.log(2) / max(num_bytes, 1.0),
+    "tokens": tokens,
+  }
+  if stats is not None:
+    values |= {k: float(v) for k, v in router_metrics(stats).items()}
+  return values
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_eval_step(config: Config, model: Transformer):
+  return jax.jit(make_eval_step(config, model))
+
+
+def main(argv: list[str]) -> int:
+  """`moejax eval RUN [--data FILES]`."""
+  parser = argparse.ArgumentParser(
+    "moejax eval",
+    description="Loss of a run's checkpoint: on its validation rows, or on "
+    "any text files with --data.",
+  )
+  add = parser.add_argument
+  add("workdir", help="folder of a run")
+  add("--data", action="append", help="file, folder or glob of text")
+  add("--step", type=int, help="checkpoint step (default: the newest)")
+  add("--num-batches", type=int, help="most batches (default: the config's)")
+  add("--json", action="store_true", help="print one JSON object")
+  args = parser.parse_args(argv)
+  run = load_run(args.workdir, args.step)
+  config = run.config
+  num_batches = args.num_batches or config.eval.num_batches
+  size = config.eval.batch_size or config.train.batch_size
+  if args.data:
+    batches = data_lib.file_batches(
+      args.data, run.tokenizer, config.data, size, args.num_batches
+    )
+  else:
+    stores = data_lib.open_stores(config.data, run.tokenizer)
+    batches = data_lib.validation_batches(
+      stores, config.data, size, num_batches
+    )
+  values = evaluate_batches(
+    config, run.model, run.params, batches, run.tokenizer
+  )
+  name = ", ".join(args.data) if args.data else "validation"
+  if args.json:
+    print(json.dumps({"step": run.step, "data": name, **values}))
+    return 0
+  print(f"{os.fspath(args.workdir)}, step {run.step}, on {name}:")
+  for key, value in values.items():
+    print(f"  {key:<22} {value:.5g}")
+  return 0

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an expert computes: pure functions over rows sorted by expert."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+
+Array = jax.Array
+GroupedMatmul = Callable[[Array, Array, Array], Array]
+
+
+@flax.struct.dataclass
+class GatedMlpWeights:
+  """Stacked SwiGLU experts (Shazeer 2020)."""
+
+  w_gate_EDF: Array
+  w_up_EDF: Array
+  w_down_EFD: Array
+
+
+def gated_mlp(
+  matmul: GroupedMatmul,
+  h_AD: Array,
+  group_sizes_E: Array,
+  weights: GatedMlpWeights,
+) -> Array:
+  """`(silu(h W_gate) * (h W_up)) W_down`, each row by its own expert.
+
+  Args:
+    matmul: grouped product `(lhs_AD, rhs_EDF, group_sizes_E) -> out_AF`.
+    h_AD: rows sorted by expert.
+    group_sizes_E: rows of each expert.
+    weights: the experts' weights, cast to the dtype of `h_AD` here.
+  """
+  dtype = h_AD.dtype
+  gate_AF = matmul(h_AD, weights.w_gate_EDF.astype(dtype), group_sizes_E)
+  up_AF = matmul(h_AD, weights.w_up_EDF.astype(dtype), group_sizes_E)
+  hidden_AF = jax.nn.silu(gate_AF) * up_AF
+  return matmul(hidden_AF, weights.w_down_EFD.astype(dtype), group_sizes_E)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All terms of the loss, from sums: the same on any split of the batch.
+
+Sums come from the forward pass (cross entropy over tokens, `RouterStats` over
+layers and rows); every mean is taken here, once, over its scope.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moejax.config import LossConfig
+from moejax.routing import RouterStats
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class LossSums:
+  """Sums over target tokens; `total` carries the gradient.
+
+  Attributes:
+    total: sum of xent + z_weight * z.
+    xent: sum of next-token cross entropies, in nats.
+    z: sum of squared logsumexp of the logits.
+    tokens: number of targets.
+  """
+
+  total: Array
+  xent: Array
+  z: Array
+  tokens: Array
+
+
+def next_token_sums(
+  hidden_TD: Array,
+  table_VD: Array,
+  targets_T: Array,
+  mask_T: Array,
+  z_weight: float,
+  chunk_size: int,
+) -> LossSums:
+  """Cross entropy (and z-loss) sums, `chunk_size` tokens at a time.
+
+  The float32 logits [T, V] never exist at once: each chunk's logits give its
+  loss and, when differentiated, its gradients right away, so the backward pass
+  recomputes nothing.
+
+  Args:
+    hidden_TD: final hidden states.
+    table_VD: output embedding, float32; cast to the dtype of `hidden_TD`.
+    targets_T: int32 next tokens.
+    mask_T: bool; False targets count nowhere.
+    z_weight: weight of the squared logsumexp (PaLM, Chowdhery et al. 2022).
+    chunk_size: tokens per chunk; the last chunk is padded with masked tokens.
+  """
+  T, D = hidden_TD.shape
+  chunk = min(chunk_size, T)
+  pad = -T % chunk
+  fold = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
+    -1, chunk, *x.shape[1:]
+  )
+  xent, z = _xent_sums(
+    z_weight, fold(hidden_TD), table_VD, fold(targets_T), fold(mask_T)
+  )
+  tokens = mask_T.sum(dtype=jnp.float32)
+  # `xent` already carries the gradient of the z term: see _xent_fwd.
+  total = xent + z_weight * jax.lax.stop_gradient(z)
+  return LossSums(total, jax.lax.stop_gradient(xent), z, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
+  """(xent, z) sums; differentiating xent gives that of xent + z_weight * z."""
+  table = table_VD.astype(hidden_CTD.dtype)
+
+  def chunk(sums, inputs):
+    xent, z, _ = _chunk_sums(table, *inputs)
+    return (sums[0] + xent, sums[1] + z), None
+
+  zero = jnp.zeros((), jnp.float32)
+  sums, _ = jax.lax.scan(
+    chunk, (zero, zero), (hidden_CTD, targets_CT, mask_CT)
+  )
+  return sums
+
+
+def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T):
+  """Sums of one chunk, and what its gradient needs."""
+  logits_TV = jnp.einsum(
+    "td,vd->tv", hidden_TD, table_VD, preferred_element_type=jnp.float32
+  )
+  lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
+  target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
+  xent = jnp.where(mask_T, lse_T - target_T, 0.0).sum()
+  z = jnp.where(mask_T, lse_T**2, 0.0).sum()
+  return xent, z, (logits_TV, lse_T)
+
+
+def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
+  dtype = hidden_CTD.dtype
+  table = table_VD.astype(dtype)
+  V = table_VD.shape[0]
+
+  def chunk(carry, inputs):
+    xent_sum, z_sum, d_table_VD = carry
+    hidden_TD, targets_T, mask_T = inputs
+    xent, z, (logits_TV, lse_T) = _chunk_sums(table, *inputs)
+    prob_TV = jnp.exp(logits_TV - lse_T[:, None])
+    # d(xent + w z) / d logits = p - onehot + 2 w lse p, for counted tokens.
+    factor_T = jnp.where(mask_T, 1.0 + 2.0 * z_weight * lse_T, 0.0)
+    onehot_TV = targets_T[:, None] == jnp.arange(V)
+    counted_T = mask_T.astype(jnp.float32)
+    d_logits_TV = (
+      prob_TV * factor_T[:, None] - onehot_TV * counted_T[:, None]
+    ).astype(dtype)
+    d_hidden_TD = d_logits_TV @ table
+    d_table_VD += jnp.einsum(
+      "tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32
+    )
+    return (xent_sum + xent, z_sum + z, d_table_VD), d_hidden_TD
+
+  zero = jnp.zeros((), jnp.float32)
+  init = (zero, zero, jnp.zeros(table_VD.shape, jnp.float32))
+  (xent, z, d_table_VD), d_hidden_CTD = jax.lax.scan(
+    chunk, init, (hidden_CTD, targets_CT, mask_CT)
+  )
+  return (xent, z), (d_hidden_CTD, d_table_VD.astype(table_VD.dtype))
+
+
+def _xent_bwd(z_weight, residuals, cotangents):
+  del z_weight  # already in the residuals
+  d_hidden_CTD, d_table_VD = residuals
+  g = cotangents[0]
+  return (g * d_hidden_CTD).astype(d_hidden_CTD.dtype), g * d_table_VD, None, None
+
+
+_xent_sums.defvjp(_xent_fwd, _xent_bwd)
+
+
+def load_balance(stats: RouterStats, scope: str) -> Array:
+  """Load-balancing loss; 1 at perfect balance, E if one expert takes all.
+
+  Per layer E * sum_e f_e P_e, with f the share of assignments and P the mean
+  probability of expert e, then the mean over layers: the form of Switch
+  (Fedus et al. 2021) that OLMoE and DBRX train with. Gradient flows through P.
+
+  Args:
+    stats: sums stacked [L, B, ...].
+    scope: "global" takes f and P over all rows; "sequence" per row, then the
+      mean over rows weighted by their tokens (DeepSeek-V3's form).
+  """
+  count_LBE, prob_LBE = stats.count_BE, stats.prob_BE
+  tokens_LB = stats.tokens_B
+  if scope == "global":
+    sum_rows = lambda x: x.sum(1, keepdims=True)
+    count_LBE, prob_LBE, tokens_LB = map(
+      sum_rows, (count_LBE, prob_LBE, tokens_LB)
+    )
+  share_LBE = count_LBE / _at_least_one(count_LBE.sum(-1, keepdims=True))
+  mean_LBE = prob_LBE / _at_least_one(tokens_LB[..., None])
+  E = count_LBE.shape[-1]
+  loss_LB = E * (jax.lax.stop_gradient(share_LBE) * mean_LBE).sum(-1)
+  weight_LB = tokens_LB / _at_least_one(tokens_LB.sum(1, keepdims=True))
+  return (loss_LB * weight_LB).sum(1).mean()
+
+
+def router_z(stats: RouterStats) -> Array:
+  """Router z-loss, mean over tokens and layers of logsumexp(logits)^2.
+
+  Zoph et al. 2022 (ST-MoE); (ln E)^2 at zero logits.
+  """
+  return (stats.z_B.sum(1) / _at_least_one(stats.tokens_B.sum(1))).mean()
+
+
+def total_loss(
+  config: LossConfig, sums: LossSums, stats: RouterStats | None
+) -> tuple[Array, dict[str, Array]]:
+  """The scalar to differentiate and its terms by metric name.
+
+  Router terms are logged unweighted, so that they read the same at any weight.
+  """
+  tokens = _at_least_one(sums.tokens)
+  loss = sums.total / tokens
+  terms = {"loss/xent": sums.xent / tokens, "loss/z": sums.z / tokens}
+  if stats is not None:
+    balance = load_balance(stats, config.load_balance_scope)
+    z = router_z(stats)
+    loss += config.load_balance * balance + config.router_z * z
+    terms |= {"loss/balance": balance, "loss/router_z": z}
+  return loss, {"loss/total": loss, **terms}
+
+
+def router_metrics(stats: RouterStats) -> dict[str, Array]:
+  """What the routers did, over all rows; means over layers.
+
+  `router/entropy` is the mean entropy of the router's softmax as a share of
+  its maximum ln E; `router/max_over_mean` the busiest expert's load over the
+  fair share, of the worst layer; `router/dropped` the share of assignments
+  that went nowhere.
+  """
+  count_LE = stats.count_BE.sum(1)
+  E = count_LE.shape[-1]
+  routed_L, dropped = count_LE.sum(-1), stats.dropped_B.sum()
+  entropy = stats.entropy_B.sum() / _at_least_one(stats.tokens_B.sum())
+  return {
+    "router/entropy": entropy / jnp.log(E) if E > 1 else jnp.ones(()),
+    "router/max_over_mean": (
+      E * count_LE.max(-1) / _at_least_one(routed_L)
+    ).max(),
+    "router/dropped": dropped / _at_least_one(routed_L.sum() + dropped),
+  }
+
+
+def load_shares(stats: RouterStats) -> Array:
+  """[L, E] share of each layer's assignments by expert."""
+  count_LE = stats.count_BE.sum(1)
+  return count_LE / _at_least_one(count_LE.sum(-1, keepdims=True))
+
+
+def _at_least_one(x: Array) -> Array:
+  """A denominator for counts that may be zero: zero sums then stay zero."""
+  return jnp.maximum(x, 1.0)

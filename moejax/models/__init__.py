@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thin Linen modules: they declare parameters and call the maths."""
+
+from moejax.models.counting import Counts, count, train_flops_per_token
+from moejax.models.rows import KVCache, Rows
+from moejax.models.transformer import (
+  ModelOutput,
+  Transformer,
+  build,
+  init_params,
+)
+
+__all__ = [
+  "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "build", "count",
+  "init_params", "train_flops_per_token",
+]  # fmt: skip

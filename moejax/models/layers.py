@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts that every layer uses: weights, RMSNorm, RoPE, the dense MLP."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax.config import ModelConfig
+
+Array = jax.Array
+
+
+def weight(
+  module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
+  std: float,
+) -> Array:  # fmt: skip
+  """A float32 parameter, normal with `std`, cut at 3 std, as OLMoE draws it.
+
+  `axes` are logical names; `parallel` maps them to a mesh.
+  """
+  init = nn.initializers.truncated_normal(std, jnp.float32, -3.0, 3.0)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+
+def scale(module: nn.Module, name: str, size: int, axis: str) -> Array:
+  """A float32 gain that starts at 1."""
+  init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+  return module.param(name, init, (size,))
+
+
+def rms_norm(x: Array, gain: Array, eps: float) -> Array:
+  """RMSNorm over the last axis (Zhang & Sennrich 2019), statistics in float32."""
+  x32 = x.astype(jnp.float32)
+  inverse = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
+  return (x32 * inverse).astype(x.dtype) * gain.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+  eps: float
+  axis: str = "embed"
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return rms_norm(x, scale(self, "scale", x.shape[-1], self.axis), self.eps)
+
+
+def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
+  """Rotary embedding, half-split form (Su et al. 2021), angles in float32."""
+  half = x_BTNH.shape[-1] // 2
+  inverse_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BTH = positions_BT[..., None].astype(jnp.float32) * inverse_H
+  cos, sin = jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
+  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate(
+    [first * cos - second * sin, second * cos + first * sin], axis=-1
+  )
+  return rotated.astype(x_BTNH.dtype)
+
+
+class Mlp(nn.Module):
+  """Dense SwiGLU (Shazeer 2020) of hidden width `d_hidden`."""
+
+  config: ModelConfig
+  d_hidden: int
+
+  @nn.compact
+  def __call__(self, x_BTD: Array) -> Array:
+    D, F, std = self.config.d_model, self.d_hidden, self.config.init_std
+    dtype = x_BTD.dtype
+    w_gate_DF = weight(self, "w_gate_DF", (D, F), ("embed", "mlp"), std)
+    w_up_DF = weight(self, "w_up_DF", (D, F), ("embed", "mlp"), std)
+    w_down_FD = weight(self, "w_down_FD", (F, D), ("mlp", "embed"), std)
+    gate_BTF = x_BTD @ w_gate_DF.astype(dtype)
+    up_BTF = x_BTD @ w_up_DF.astype(dtype)
+    return (jax.nn.silu(gate_BTF) * up_BTF) @ w_down_FD.astype(dtype)

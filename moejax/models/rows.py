@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all layers need to know of the rows they see, and the KV cache."""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moejax.config import ModelConfig
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class Rows:
+  """The tokens of a batch, as attention and routers see them.
+
+  Attributes:
+    segment_ids_BT: int32, document within the row; 0 is padding.
+    positions_BT: int32, position within the document.
+    rng_B: one key a row for routing noise; None where nothing is random.
+  """
+
+  segment_ids_BT: Array
+  positions_BT: Array
+  rng_B: Array | None = None
+
+  def token_keys(self, layer: Array) -> Array | None:
+    """One key per token [B*T] for this layer, the same under any batch split."""
+    if self.rng_B is None:
+      return None
+    tokens_T = jnp.arange(self.segment_ids_BT.shape[1])
+
+    def of_row(key):
+      key = jax.random.fold_in(key, layer)
+      return jax.vmap(lambda t: jax.random.fold_in(key, t))(tokens_T)
+
+    return jax.vmap(of_row)(self.rng_B).reshape(-1)
+
+
+@flax.struct.dataclass
+class LayerCache:
+  """Keys (after norm and RoPE) and values of one layer, [B, S, K, H]."""
+
+  k_BSKH: Array
+  v_BSKH: Array
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of all layers, filled up to `length`.
+
+  Attributes:
+    prefix: a LayerCache for each prefix layer.
+    pattern: a LayerCache for each pattern entry, stacked over repeats.
+    segment_ids_BS: int32, 0 where nothing may be attended to.
+    positions_BS: int32, position of each cached token.
+    length: int32 scalar, columns in use.
+  """
+
+  prefix: tuple[LayerCache, ...]
+  pattern: tuple[LayerCache, ...]
+  segment_ids_BS: Array
+  positions_BS: Array
+  length: Array
+
+  @classmethod
+  def empty(cls, config: ModelConfig, batch_size: int, max_len: int) -> Self:
+    """A cache for `max_len` tokens of `batch_size` rows."""
+    K, H = config.num_kv_heads, config.head_dim
+    dtype = jnp.dtype(config.dtype)
+
+    def layer(*stack):
+      shape = (*stack, batch_size, max_len, K, H)
+      return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return cls(
+      prefix=tuple(layer() for _ in config.prefix),
+      pattern=tuple(layer(config.num_repeats) for _ in config.pattern),
+      segment_ids_BS=jnp.zeros((batch_size, max_len), jnp.int32),
+      positions_BS=jnp.zeros((batch_size, max_len), jnp.int32),
+      length=jnp.zeros((), jnp.int32),
+    )
+
+  def append_rows(self, rows: Rows) -> Self:
+    """Records segments and positions of the tokens about to be written."""
+    at = (0, self.length)
+    update = jax.lax.dynamic_update_slice
+    return self.replace(
+      segment_ids_BS=update(self.segment_ids_BS, rows.segment_ids_BT, at),
+      positions_BS=update(self.positions_BS, rows.positions_BT, at),
+    )

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a router decides, as data, and how a config names one.
+
+A router is a pure function
+
+    router(logits_TE, mask_T, *, rng=None, **options) -> Routing
+
+in any importable file. `rng` holds one random key per token (shape [T]), or
+None when nothing may be random (evaluation, generation), so that noise does
+not depend on how a batch is split over devices or microbatches.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moejax.errors import ConfigError
+from moejax.spec import Spec
+
+Array = jax.Array
+Router = Callable[..., "Routing"]
+
+
+@flax.struct.dataclass
+class Routing:
+  """A flat list of assignments of tokens to experts.
+
+  The list covers token choice, expert choice, padding and dropped tokens.
+
+  Attributes:
+    token_A: int32, which token.
+    expert_A: int32, to which expert; E means nowhere (padding, dropped).
+    weight_A: float32, combine weight, the router's gradient path.
+    logits_TE: float32, for losses and metrics.
+    experts_per_token: X if assignment `a` belongs to token `a // X`, else 0.
+      Dispatch then moves rows by permutation instead of scatter.
+  """
+
+  token_A: Array
+  expert_A: Array
+  weight_A: Array
+  logits_TE: Array
+  experts_per_token: int = flax.struct.field(pytree_node=False, default=0)
+
+  @property
+  def num_experts(self) -> int:
+    return self.logits_TE.shape[-1]
+
+  @classmethod
+  def from_token_choice(
+    cls, expert_TX: Array, weight_TX: Array, logits_TE: Array, mask_T: Array
+  ) -> Self:
+    """Each token names its X experts; masked tokens go nowhere."""
+    T, X = expert_TX.shape
+    E = logits_TE.shape[-1]
+    expert_TX = jnp.where(mask_T[:, None], expert_TX, E)
+    weight_TX = jnp.where(mask_T[:, None], weight_TX, 0.0)
+    return cls(
+      token_A=jnp.repeat(jnp.arange(T, dtype=jnp.int32), X),
+      expert_A=expert_TX.reshape(-1).astype(jnp.int32),
+      weight_A=weight_TX.reshape(-1),
+      logits_TE=logits_TE,
+      experts_per_token=X,
+    )
+
+
+def non_causal(router: Router) -> Router:
+  """Marks a router whose choices for a token depend on later tokens."""
+  router.causal = False
+  return router
+
+
+def is_causal(router: Router) -> bool:
+  """Whether the router may be used for generation."""
+  inner = router.func if isinstance(router, functools.partial) else router
+  return getattr(inner, "causal", True)
+
+
+def resolve(spec: Spec) -> Router:
+  """The router a config names, with its options bound.
+
+  Bare names live in `moejax.routing`; dotted names in any importable module.
+
+  Raises:
+    ConfigError: no such module or function, or options it does not take.
+  """
+  module_name, _, name = spec.name.rpartition(".")
+  module_name = module_name or "moejax.routing"
+  try:
+    module = importlib.import_module(module_name)
+  except ModuleNotFoundError as e:
+    raise ConfigError(
+      f"model.moe.router: no module {module_name!r} ({e}); the working "
+      "directory and the config's folder are importable"
+    ) from e
+  if not hasattr(module, name):
+    raise ConfigError(
+      f"model.moe.router: {module_name} has no router {name!r}; it has "
+      f"{', '.join(_routers(module))}"
+    )
+  router = getattr(module, name)
+  _check_options(router, spec)
+  return functools.partial(router, **spec.kwargs)
+
+
+def _routers(module) -> list[str]:
+  """Functions of a module that take logits and a mask."""
+  found = inspect.getmembers(module, inspect.isfunction)
+  return [
+    name for name, f in found
+    if list(inspect.signature(f).parameters)[:2] == ["logits_TE", "mask_T"]
+  ]  # fmt: skip
+
+
+def _check_options(router: Router, spec: Spec) -> None:
+  try:
+    inspect.signature(router).bind(None, None, rng=None, **spec.kwargs)
+  except TypeError as e:
+    parameters = list(inspect.signature(router).parameters)[2:]
+    options = ", ".join(p for p in parameters if p != "rng")
+    raise ConfigError(
+      f"model.moe.router: {spec.name}: {e}; its options: {options}"
+    ) from e

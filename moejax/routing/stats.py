@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a router did, as sums, so that any split of the batch adds up.
+
+Means and losses are taken once, from the sums over the whole scope; the sums
+of microbatches, devices and layers are plain additions or stacks.
+"""
+
+from typing import Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from moejax.routing.base import Routing
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class RouterStats:
+  """Sums over the tokens of each row; leading axes may be stacked layers.
+
+  Attributes:
+    count_BE: assignments to each expert.
+    prob_BE: sum of softmax probabilities of each expert; carries gradient.
+    z_B: sum of squared logsumexp of the logits; carries gradient.
+    entropy_B: sum of the entropies of the softmax, in nats.
+    dropped_B: assignments of real tokens that went nowhere.
+    tokens_B: real (unmasked) tokens.
+  """
+
+  count_BE: Array
+  prob_BE: Array
+  z_B: Array
+  entropy_B: Array
+  dropped_B: Array
+  tokens_B: Array
+
+  @classmethod
+  def of(cls, routing: Routing, mask_BT: Array) -> Self:
+    """Sums of one layer's routing of the flattened tokens of `mask_BT`."""
+    B, T = mask_BT.shape
+    E = routing.num_experts
+    log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
+    prob_TE = jnp.exp(log_prob_TE)
+    lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
+
+    def per_row(x_T):
+      x_BTZ = x_T.reshape(B, T, -1)
+      return jnp.where(mask_BT[..., None], x_BTZ, 0.0).sum(1)
+
+    row_A = routing.token_A // T
+    nowhere_A = routing.expert_A == E
+    real_A = mask_BT.reshape(-1)[routing.token_A]
+    count_BE = jnp.zeros((B, E + 1)).at[row_A, routing.expert_A].add(1.0)
+    return cls(
+      count_BE=count_BE[:, :E],
+      prob_BE=per_row(prob_TE),
+      z_B=per_row(lse_T**2)[:, 0],
+      entropy_B=per_row(-(prob_TE * log_prob_TE).sum(-1))[:, 0],
+      dropped_B=jnp.zeros(B).at[row_A].add(jnp.where(nowhere_A & real_A, 1.0, 0.0)),
+      tokens_B=mask_BT.sum(1).astype(jnp.float32),
+    )

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, pure: (state, batch) -> (state, metrics)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from moejax import losses
+from moejax.config import Config
+from moejax.models import Rows, Transformer, init_params
+from moejax.optimizer import make_optimizer, make_schedule
+from moejax.routing import RouterStats
+
+Array = jax.Array
+Batch = dict[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a step changes; the data position is `step` itself.
+
+  Attributes:
+    step: int32, optimizer steps done.
+    params: float32 parameters.
+    opt_state: optimizer state.
+    router_state: state of routers that have one, such as balancing biases.
+    rng: key from which each step's routing noise follows.
+  """
+
+  step: Array
+  params: Any
+  opt_state: Any
+  router_state: Any
+  rng: Array
+
+
+def init_state(config: Config, model: Transformer) -> TrainState:
+  """A fresh state from the config's seed."""
+  params_key, rng = jax.random.split(jax.random.key(config.seed))
+  params = init_params(model, params_key)
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    router_state={},
+    rng=rng,
+  )
+
+
+def make_train_step(
+  config: Config, model: Transformer
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+  """The step for this config; jit it with the state donated.
+
+  Its metrics are the loss terms, `grad_norm`, `learning_rate`, `tokens`
+  (targets of the batch), the router's, and `load_LE`, each expert's share.
+  """
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  schedule = make_schedule(config.optimizer, config.train.num_steps)
+
+  def train_step(state, batch):
+    def loss_fn(params):
+      sums, stats = batch_sums(config, model, params, batch, step_rng(state))
+      loss, terms = losses.total_loss(config.loss, sums, stats)
+      return loss, (terms, sums, stats)
+
+    grads, (metrics, sums, stats) = jax.grad(loss_fn, has_aux=True)(
+      state.params
+    )
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics |= {
+      "grad_norm": optax.global_norm(grads),
+      "learning_rate": schedule(state.step),
+      "tokens": sums.tokens,
+    }
+    if stats is not None:
+      metrics |= losses.router_metrics(stats)
+      metrics["load_LE"] = losses.load_shares(stats)
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+    )
+    return state, metrics
+
+  return train_step
+
+
+def batch_sums(
+  config: Config,
+  model: Transformer,
+  params: Any,
+  batch: Batch,
+  rng: Array | None,
+) -> tuple[losses.LossSums, RouterStats | None]:
+  """Loss and router sums of a global batch, in microbatches if asked.
+
+  With accumulation, the loss is still one function of the sums over the whole
+  batch, so it and its gradient are those of the big batch, balancing losses
+  included. Each microbatch is computed again in the backward pass (one more
+  forward), because the gradient of a global balancing loss needs the loads of
+  all microbatches first.
+
+  Args:
+    batch: tokens, targets, segment_ids, positions int32 and loss_mask bool,
+      each [B, T].
+    rng: key of this step's routing noise; None for none.
+  """
+  B = batch["tokens"].shape[0]
+  rng_B = None
+  if rng is not None:
+    rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(B))
+  forward = lambda micro, keys: _forward_sums(config, model, params, micro, keys)
+  M = config.train.accumulation_steps
+  if M == 1:
+    return forward(batch, rng_B)
+  fold = lambda x: x.reshape(M, B // M, *x.shape[1:])
+  micros = jax.tree.map(fold, (batch, rng_B))
+  body = jax.checkpoint(lambda micro: forward(*micro), prevent_cse=False)
+  _, (sums, stats) = jax.lax.scan(lambda _, m: (None, body(m)), None, micros)
+  sums = jax.tree.map(lambda x: x.sum(0), sums)
+  # [M, L, b, ...] -> [L, M * b, ...]: the rows of the batch, in order.
+  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], B, *x.shape[3:])
+  return sums, jax.tree.map(join, stats)
+
+
+def _forward_sums(config, model, params, batch, rng_B):
+  """Sums of one microbatch."""
+  rows = Rows(batch["segment_ids"], batch["positions"], rng_B)
+  output = model.apply({"params": params}, batch["tokens"], rows)
+  table_VD = model.apply({"params": params}, method="output_table")
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  sums = losses.next_token_sums(
+    flat(output.hidden_BTD),
+    table_VD,
+    flat(batch["targets"]),
+    flat(batch["loss_mask"]),
+    config.loss.z_loss,
+    config.loss.chunk_size,
+  )
+  return sums, output.stats
+
+
+def make_eval_step(
+  config: Config, model: Transformer
+) -> Callable[[Any, Batch], tuple[losses.LossSums, RouterStats | None]]:
+  """`(params, batch) -> sums`: no routing noise, no gradient."""
+
+  def eval_step(params, batch):
+    return _forward_sums(config, model, params, batch, None)
+
+  return eval_step
+
+
+def step_rng(state: TrainState) -> Array:
+  """The key of the step that comes next."""
+  return jax.random.fold_in(state.rng, state.step)

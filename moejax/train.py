@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training: config -> data -> model -> step -> logs, evaluations, checkpoints.
+
+A run is its folder. Started again with the same folder, it goes on from its
+newest valid checkpoint and ends with the same bytes as if never stopped.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import data as data_lib
+from moejax import runs
+from moejax.checkpoint import Checkpointer, Restored
+from moejax.cli import add_config_arguments, parse_config
+from moejax.config import Config, default_config, describe_options, differences
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.errors import CheckpointError, ConfigError, DataError, UserError
+from moejax.evaluate import evaluate
+from moejax.generate import generate
+from moejax.hardware import peak_flops
+from moejax.metrics import RunLog
+from moejax.models import Transformer, build, count, train_flops_per_token
+from moejax.models.transformer import describe_backends
+from moejax.optimizer import schedule_values
+from moejax.progress import TrainProgress
+from moejax.runlock import EXIT_PREEMPTED, PreemptionGuard, RunLock
+from moejax.sampling import Sampling
+from moejax.step import TrainState, init_state, make_train_step
+
+# A changed value of these changes nothing that was or will be computed.
+FREE_OPTIONS = (
+  "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
+  "data.store", "train.accumulation_steps", "model.remat", "model.scan_layers",
+  "model.attention", "model.moe.matmul", "model.moe.dispatch",
+  "loss.chunk_size",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+  """`moejax train --config=FILE --workdir=DIR`."""
+  args, extra = _parse(argv)
+  if args.help_config:
+    print("\n".join(describe_options()))
+    return 0
+  if args.config is None and args.workdir is None:
+    raise ConfigError("give --config=FILE.py and --workdir=DIR")
+  if args.config is not None:
+    config = parse_config(args.config, extra)
+  else:
+    stored = runs.read_config(args.workdir).to_dict()
+    config = _override(stored, extra)
+  if args.print_config:
+    print(json.dumps(config.to_dict(), indent=2))
+    return 0
+  if args.workdir is None:
+    raise ConfigError("--workdir=DIR is missing: where the run shall live")
+  return train(config, args.workdir)
+
+
+def train(config: Config, workdir: str | os.PathLike) -> int:
+  """Trains to `train.num_steps`, from the newest checkpoint if there is one.
+
+  Returns:
+    0 when finished, `EXIT_PREEMPTED` when stopped by SIGTERM or SIGINT after
+    saving; the same command then goes on.
+
+  Raises:
+    UserError: anything that a person can fix; nothing is half-written.
+  """
+  workdir = Path(workdir)
+  with RunLock(workdir), PreemptionGuard() as guard:
+    # -- data ---------------------------------------------------------------
+    tokenizer = load_tokenizer_of(config)
+    stores = data_lib.open_stores(config.data, tokenizer)
+    if config.eval.every and not stores.rows("validation"):
+      raise DataError(
+        "no validation rows: raise data.validation_fraction and prepare again, "
+        "or set eval.every=0"
+      )
+    # -- model and state ----------------------------------------------------
+    model = build(config.model)
+    train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
+    with runs.open_checkpoints(workdir, config) as checkpoints:
+      restored = restore_or_none(config, model, checkpoints, tokenizer, stores)
+      state = restored.state if restored else _fresh_state(config, model)
+      start = int(state.step)
+      announce(config, model, stores, workdir, start)
+      runs.write_config(workdir, config)
+      tokenizer.save(workdir)
+      if start >= config.train.num_steps:
+        print(
+          f"already trained to step {start}; raise train.num_steps to go on",
+          flush=True,
+        )
+        _report(workdir)
+        return 0
+      loop = Loop(
+        config, model, tokenizer, stores, checkpoints, workdir, state, restored
+      )
+      stopped = loop.run(train_step, guard)
+    _report(workdir)
+  if stopped:
+    print(f"stopped at step {loop.step}, saved; run the same command to go on")
+    return EXIT_PREEMPTED
+  return 0
+
+
+class Loop:
+  """The host side of training: order of saving, reading, stepping, logging.
+
+  Everything that belongs to step n (its metrics line, its evaluation, its
+  checkpoint) is done before the batch of step n + 1 is drawn, so a checkpoint
+  and its data position always agree. Metrics alone are fetched one step late,
+  while the device already works on the next.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stores: Any,
+    checkpoints: Checkpointer,
+    workdir: Path,
+    state: TrainState,
+    restored: Restored | None,
+  ):
+    self.config, self.model, self.tokenizer = config, model, tokenizer
+    self.stores, self.checkpoints, self.workdir = stores, checkpoints, workdir
+    self.state = state
+    self.step = int(state.step)
+    self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
+    self.flops_per_token = train_flops_per_token(
+      config.model, config.data.seq_len
+    )
+    self.pending: tuple[int, dict[str, Any]] | None = None
+    self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+    self.clock = time.perf_counter()
+
+  def run(self, train_step, guard: PreemptionGuard) -> bool:
+    """Trains until the end or a signal; True if a signal came first."""
+    config = self.config
+    last = config.train.num_steps
+    batches = data_lib.load_batches(
+      self.stores, config.data, "train", config.train.batch_size, config.seed,
+      start_step=self.step,
+    )  # fmt: skip
+    with (
+      batches,
+      RunLog(self.workdir, self.step) as self.log,
+      TrainProgress(last, self.step) as self.progress,
+    ):
+      self.clock = time.perf_counter()
+      while self.step < last and not guard.requested:
+        with self._timed("input_wait"):
+          batch = next(batches)
+        self.state, metrics = train_step(self.state, device_batch(batch))
+        self._log_pending()
+        self.step += 1
+        self.pending = (self.step, metrics)
+        self._after_step()
+      self._log_pending()
+      if self.step % config.checkpoint.every or guard.requested:
+        self._save()
+      if self.step == last and not _due(config.eval.every, self.step):
+        self._evaluate()
+      self.checkpoints.wait()
+    return self.step < last
+
+  def _after_step(self) -> None:
+    config = self.config
+    if _due(config.eval.every, self.step):
+      self._log_pending()
+      self._evaluate()
+    if _due(config.checkpoint.every, self.step):
+      self._log_pending()
+      self._save()
+    self.checkpoints.check()
+
+  def _log_pending(self) -> None:
+    """Fetches and logs the step before, while the device works."""
+    if self.pending is None:
+      return
+    step, metrics = self.pending
+    self.pending = None
+    metrics = jax.device_get(metrics)
+    if "load_LE" in metrics:
+      load_LE = metrics.pop("load_LE")
+      if step % LOAD_EVERY == 0 or step == 1:
+        self.log.load(step, load_LE)
+    if not np.isfinite(metrics["loss/total"]):
+      raise UserError(
+        f"the loss is {metrics['loss/total']} at step {step}; the newest "
+        f"checkpoint is of step {self.checkpoints.latest()}: lower "
+        "optimizer.learning_rate, or look at the data of this step"
+      )
+    tokens = int(metrics["tokens"])
+    self.tokens_seen += tokens
+    metrics["tokens"] = self.tokens_seen
+    self.log.step(step, metrics)
+    self._log_time(step, tokens, metrics)
+
+  def _log_time(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
+    now = time.perf_counter()
+    seconds, self.clock = now - self.clock, now
+    computing = max(
+      seconds - self.times["checkpoint"] - self.times["evaluation"], 1e-9
+    )
+    rate = tokens / computing
+    flops = rate * self.flops_per_token
+    peak = peak_flops(jax.devices()[0])
+    timing = {
+      "seconds": seconds,
+      "tokens_per_second": rate,
+      "model_flops_per_second": flops,
+      "wall_time": time.time(),
+      **self.times,
+    }
+    if peak:
+      timing["mfu"] = flops / (peak * jax.device_count())
+    self.log.timing(step, timing)
+    self.times = dict.fromkeys(self.times, 0.0)
+    self.progress.update(
+      step, loss=float(metrics["loss/xent"]), tokens_per_second=rate
+    )
+
+  def _evaluate(self) -> None:
+    config = self.config
+    with self._timed("evaluation"):
+      values = evaluate(
+        config, self.model, self.state.params, self.stores, self.tokenizer
+      )
+      self.log.evaluation(self.step, values)
+      self.progress.message(
+        f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
+        f"{values['validation/bits_per_byte']:.3f} bits per byte"
+      )
+      if config.eval.sample_tokens:
+        self._sample()
+
+  def _sample(self) -> None:
+    prompt = self.config.eval.sample_prompt
+    (text,) = generate(
+      self.model, self.state.params, self.tokenizer, [prompt],
+      self.config.eval.sample_tokens, Sampling(0.8, top_p=0.95),
+    )  # fmt: skip
+    self.log.sample(self.step, prompt, text)
+
+  def _save(self) -> None:
+    with self._timed("checkpoint"):
+      # Log lines first: a checkpoint of step n promises lines 1..n.
+      self.log.flush()
+      meta = {
+        "step": self.step,
+        "tokens_seen": self.tokens_seen,
+        "config": self.config.to_dict(),
+        "tokenizer": self.tokenizer.digest,
+        "data": self.stores.fingerprint,
+        "versions": runs.versions(),
+        "git_commit": runs.git_commit(),
+      }
+      self.checkpoints.save(self.step, self.state, meta)
+
+  def _timed(self, name: str) -> "_Timer":
+    return _Timer(self.times, name)
+
+
+# Steps between records of the [L, E] expert loads: a picture needs no more.
+LOAD_EVERY = 10
+
+
+class _Timer:
+  """Adds the seconds of a `with` block to an entry."""
+
+  def __init__(self, times: dict[str, float], name: str):
+    self._times, self._name = times, name
+
+  def __enter__(self) -> None:
+    self._start = time.perf_counter()
+
+  def __exit__(self, *exc_info) -> None:
+    self._times[self._name] += time.perf_counter() - self._start
+
+
+def device_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """What the step computes with, on the device."""
+  keys = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+  return {key: jnp.asarray(batch[key]) for key in keys}
+
+
+def load_tokenizer_of(config: Config) -> Tokenizer:
+  """The config's tokenizer, checked against the model's vocabulary."""
+  tokenizer = load_tokenizer(config.data.tokenizer)
+  if tokenizer.vocab_size > config.model.vocab_size:
+    raise ConfigError(
+      f"the tokenizer {config.data.tokenizer!r} has {tokenizer.vocab_size} "
+      f"tokens, model.vocab_size={config.model.vocab_size} holds fewer; use "
+      f"{-(-tokenizer.vocab_size // 128) * 128}"
+    )
+  return tokenizer
+
+
+def restore_or_none(
+  config: Config,
+  model: Transformer,
+  checkpoints: Checkpointer,
+  tokenizer: Tokenizer,
+  stores: Any,
+) -> Restored | None:
+  """The newest valid checkpoint, if it is of this very run."""
+  if not checkpoints.steps():
+    return None
+  meta = checkpoints.read_meta()
+  check_same_run(config, meta)
+  for name, mine in (
+    ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)
+  ):  # fmt: skip
+    if meta[name] != mine:
+      raise CheckpointError(
+        f"the {name} changed since step {meta['step']} (sha256 "
+        f"{meta[name][:12]} -> {mine[:12]}); put it back, or use a new --workdir"
+      )
+  abstract = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
+  return checkpoints.restore(abstract)
+
+
+def check_same_run(config: Config, meta: dict[str, Any]) -> None:
+  """Refuses to go on with a config that would change what was trained.
+
+  `train.num_steps` may grow as long as the learning rates of the steps already
+  done stay what they were.
+
+  Raises:
+    CheckpointError: naming each key that differs.
+  """
+  changed = [
+    line
+    for line in differences(meta["config"], config.to_dict())
+    if not line.startswith(FREE_OPTIONS)
+  ]
+  schedule_only = [
+    line for line in changed
+    if not line.startswith(("train.num_steps", "optimizer.schedule."))
+  ]  # fmt: skip
+  if schedule_only:
+    raise CheckpointError(
+      "the config differs from the run's in " + "; ".join(schedule_only)
+      + "; put it back, or use a new --workdir"
+    )  # fmt: skip
+  if changed:
+    done = meta["step"]
+    before = schedule_values(Config.from_dict(meta["config"]))[:done]
+    after = schedule_values(config)[:done]
+    if len(after) < done or not np.array_equal(before, after):
+      raise CheckpointError(
+        f"{'; '.join(changed)} would change the learning rate of steps already "
+        f"done (the run is at step {done}); give warm-up in steps, and extend "
+        "before the decay begins, or use a new --workdir"
+      )
+
+
+def announce(
+  config: Config, model: Transformer, stores: Any, workdir: Path, start: int
+) -> None:
+  """Prints what runs where, once."""
+  counts = count(config.model)
+  tokens = config.train.batch_size * config.data.seq_len
+  print(
+    f"model: {counts.num_params:,} parameters, {counts.num_active_params:,} "
+    f"active per token; {config.model.num_layers} layers"
+  )
+  print(
+    f"data: {stores.describe()}; {tokens:,} tokens a batch, "
+    f"{config.train.num_steps} steps"
+  )
+  for line in describe_backends(model):
+    print(line)
+  if jax.device_count() > 1:
+    print(
+      f"note: this run uses one of {jax.device_count()} devices",
+      file=sys.stderr,
+    )
+  verb = f"goes on at step {start}" if start else "starts"
+  print(f"{workdir}: {verb}; compiling the step...", flush=True)
+
+
+def _fresh_state(config: Config, model: Transformer) -> TrainState:
+  return jax.jit(lambda: init_state(config, model))()
+
+
+def _due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+def _report(workdir: Path) -> None:
+  from moejax.report import write_report
+
+  print(f"report: {write_report(workdir)}", flush=True)
+
+
+def _override(stored: dict[str, Any], extra: list[str]) -> Config:
+  """A run's own config with command-line overrides."""
+  from moejax.cli import apply_overrides
+
+  config = default_config()
+  config.update(stored)
+  apply_overrides(config, extra)
+  return Config.from_dict(config)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  parser = argparse.ArgumentParser(
+    "moejax train",
+    description="Train a model, or go on with the run in --workdir.",
+  )
+  add_config_arguments(parser, required=False)
+  add = parser.add_argument
+  add("--workdir", metavar="DIR", help="the run's folder; made if missing")
+  add("--print-config", action="store_true", help="print the resolved config")
+  add("--help-config", action="store_true", help="list all config options")
+  return parser.parse_known_args(argv)

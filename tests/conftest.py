@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: JAX on a CPU, a compile cache, strictness, test data.
+
+The environment is set here, before JAX is imported, so processes that a test
+starts inherit it.
+"""
+
+import os
+import pathlib
+import shutil
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MAX_CACHE_BYTES = 2 << 30
+CACHE = pathlib.Path(
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Without both, the many small programs of tests are not kept.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# libtpu asks a cloud's metadata server for its chips, where there is neither.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+def pytest_configure(config):
+  if not hasattr(config, "workerinput"):  # once, not in each xdist worker
+    _empty_full_cache()
+
+  import jax
+  from absl import flags
+
+  # [T, E] + [E] works by accident until T == E; say it with an axis.
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  flags.FLAGS.mark_as_parsed()
+
+
+def _empty_full_cache():
+  """Edited code leaves entries that no later run reads."""
+  if CACHE != ROOT / ".jax_cache" or not CACHE.exists():
+    return
+  sizes = [path.stat().st_size for path in CACHE.iterdir() if path.is_file()]
+  if sum(sizes) > MAX_CACHE_BYTES:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """Folder of public test data: `$MOEJAX_TEST_DATA` or `../shared/data`."""
+  folder = os.environ.get("MOEJAX_TEST_DATA")
+  path = pathlib.Path(folder) if folder else ROOT.parent / "shared" / "data"
+  if not path.is_dir():
+    pytest.skip(
+      "no test data: set MOEJAX_TEST_DATA or put it in shared/data beside the "
+      "checkout"
+    )
+  return path
