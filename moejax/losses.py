@@ -111,7 +111,7 @@ def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
     prob_TV = jnp.exp(logits_TV - lse_T[:, None])
     # d(xent + w z) / d logits = p - onehot + 2 w lse p, for counted tokens.
     factor_T = jnp.where(mask_T, 1.0 + 2.0 * z_weight * lse_T, 0.0)
-    onehot_TV = targets_T[:, None] == jnp.arange(V)
+    onehot_TV = targets_T[:, None] == jnp.arange(V)[None]
     counted_T = mask_T.astype(jnp.float32)
     d_logits_TV = (
       prob_TV * factor_T[:, None] - onehot_TV * counted_T[:, None]

@@ -32,6 +32,7 @@ LOCK_FILE = "run.lock"
 HEARTBEAT = 5.0  # seconds between touches of the file
 # Seconds without a touch after which a holder on another host counts as dead.
 PATIENCE = 20.0
+SETTLE = 1.0  # seconds for runs that start at once to see each other
 
 # Exit codes of a run that was asked to stop.
 EXIT_SAVED = 75  # EX_TEMPFAIL: state is saved, run the same command again
@@ -106,8 +107,10 @@ class RunLock:
       self._heartbeat.join()
     fd, self._fd = self._fd, None
     _open_locks.discard(self)
-    with contextlib.suppress(OSError):  # a full or lost disk
-      os.ftruncate(fd, 0)
+    with contextlib.suppress(OSError):  # a lost disk
+      holder = _read(fd)
+      if holder is not None and holder["token"] == self._token:
+        os.ftruncate(fd, 0)
     os.close(fd)
 
   def __enter__(self) -> Self:
@@ -138,7 +141,7 @@ class RunLock:
     os.fsync(fd)
     if locked is None:
       # Without flock two runs that start at once may both get here.
-      time.sleep(1.0)
+      time.sleep(SETTLE)
       written = _read(fd)
       if written is None or written["token"] != self._token:
         raise RunLockError(_in_use(self.workdir, written))
@@ -297,7 +300,9 @@ class PreemptionGuard:
 
   def __enter__(self) -> Self:
     if threading.current_thread() is not threading.main_thread():
-      logger.warning("not on the main thread: SIGTERM and Ctrl-C are not caught")
+      logger.warning(
+        "not on the main thread: SIGTERM and Ctrl-C are not caught"
+      )
       return self
     for number in (signal.SIGTERM, signal.SIGINT):
       if number == signal.SIGTERM and _jax_watches_sigterm():

@@ -37,6 +37,7 @@ def digest_files(
     names: files to read.
     sync: also brings each file and its folders to the disk.
   """
+
   def digest(name: str) -> tuple[int, str] | OSError:
     try:
       return _digest(folder / name, sync)

@@ -42,7 +42,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
         "it one with jnp.asarray"
       )
     # Names are folders too.
-    if not re.fullmatch(r"[\w.+-]+", name.partition("/")[0]):
+    if not re.fullmatch(r"\w[\w.+-]*", name.partition("/")[0]):
       raise CheckpointError(
         f"state leaf {name!r}: the state needs top-level keys made of letters, "
         "digits and _.+-"

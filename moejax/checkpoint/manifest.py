@@ -94,24 +94,23 @@ class Manifest:
       files={name: tuple(entry) for name, entry in body["files"].items()},
     )
 
-  def files_of(self, items: set[str]) -> set[str]:
-    """The files that are read to restore these items."""
-    return {name for name in self.files if _belongs(name, items)}
-
   def check(
-    self, folder: epath.Path, items: set[str], part: tuple[int, int] = (0, 1)
+    self,
+    folder: epath.Path,
+    items: set[str] | None = None,
+    part: tuple[int, int] = (0, 1),
   ) -> None:
     """Compares files with their digests.
 
     Args:
       folder: the step's folder.
-      items: top-level keys that are going to be read; others are left alone.
+      items: top-level keys whose files matter; None: all files.
       part: (i, n) reads every n-th file, for n processes that share the work.
 
     Raises:
       Damage: a file is missing, extra, of another size, changed, unreadable.
     """
-    wanted = self.files_of(items)
+    wanted = {n for n in self.files if _belongs(n, items)}
     found = {n for n in files.list_files(folder) if _belongs(n, items)}
     for name in sorted(wanted - found):
       raise Damage(name, "missing")
@@ -137,12 +136,14 @@ class Manifest:
       raise Damage(name, f"SHA-256 {digest[1][:12]} instead of {sha256[:12]}")
 
 
-def _belongs(name: str, items: set[str]) -> bool:
+def _belongs(name: str, items: set[str] | None) -> bool:
   """Whether the file is read to restore the items."""
   if name in (NAME, UNFINISHED):
     return False
   first, _, rest = name.partition("/")
-  return first != ARRAYS or "/" not in rest or rest.partition("/")[0] in items
+  if items is None or first != ARRAYS or "/" not in rest:
+    return True
+  return rest.partition("/")[0] in items
 
 
 def _with_checksum(body: Mapping[str, Any]) -> str:

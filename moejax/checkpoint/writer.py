@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing checkpoints behind the training loop's back, and retiring old ones."""
+"""Writing checkpoints while training goes on, and retiring old ones."""
 
 import json
 import logging
@@ -217,7 +217,7 @@ class Checkpointer(CheckpointReader):
       kept = set(good[-self.keep_last :]) | {newest}
       if self.keep_every:
         kept |= {step for step in good if step % self.keep_every == 0}
-      damaged = {step for step in self._damaged if step < newest}
+      damaged = {step for step in list(self._damaged) if step < newest}
       for step in sorted((set(good) | damaged) - kept):
         layout.delete(self._folder(step))
         self._damaged.pop(step, None)
@@ -225,9 +225,7 @@ class Checkpointer(CheckpointReader):
       logger.warning("could not delete an old checkpoint: %s", e)
 
 
-def _all_digests(
-  folder: epath.Path, step: int
-) -> dict[str, tuple[int, str]]:
+def _all_digests(folder: epath.Path, step: int) -> dict[str, tuple[int, str]]:
   """Digests of all files of a step, each process reading its share.
 
   Raises:

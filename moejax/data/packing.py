@@ -13,7 +13,7 @@ the padding would otherwise exceed `max_waste` of all slots so far.
 
 import bisect
 import dataclasses
-from typing import Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Packer:
   def add(self, tokens: np.ndarray) -> Iterator[Row]:
     """Takes a document [n], n >= 2; yields the rows that this completes."""
     if len(tokens) < MIN_PIECE:
-      raise ValueError(f"a document needs {MIN_PIECE} tokens, got {len(tokens)}")
+      raise ValueError(f"a document of {len(tokens)} tokens has no target")
     stride = self.slots - 1
     start = 0
     while len(tokens) - start >= self.slots:

@@ -5,12 +5,14 @@ A tokenizer is known by its digest, which token stores and checkpoints keep, so
 that ids are never read with another tokenizer than the one that wrote them.
 """
 
+import abc
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-from typing import Iterable, Iterator, Protocol
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -24,11 +26,13 @@ BOS_NAMES = (
 EOS_NAMES = (
   "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|eos|>",
 )  # fmt: skip
-PAD_NAMES = ("<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>")
+PAD_NAMES = (
+  "<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>",
+)  # fmt: skip
 _CHUNK = 1 << 20  # characters encoded at a time; bounds memory on huge texts
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
   """What the rest of moejax knows of a tokenizer.
 
   Attributes:
@@ -46,17 +50,36 @@ class Tokenizer(Protocol):
   pad_id: int | None
   digest: str
 
+  @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
     """[n] int32 ids of the text; never special ids, whatever it says."""
 
+  @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """Text of the ids; special and unknown ids are left out."""
 
+  @abc.abstractmethod
+  def count_bytes(self, ids: np.ndarray) -> int:
+    """UTF-8 bytes of the text of `ids`, of any shape; special ids have none."""
+
+  @abc.abstractmethod
   def save(self, folder: str | os.PathLike) -> None:
     """Writes `tokenizer.json`, from which `load_tokenizer(folder)` reads."""
 
+  def encode_document(self, text: str) -> np.ndarray:
+    """[n] int32: bos (if the tokenizer has one), the text, eos."""
+    bos = [] if self.bos_id is None else [self.bos_id]
+    return np.concatenate([
+      np.array(bos, np.int32),
+      self.encode(text),
+      np.array([self.eos_id], np.int32),
+    ])
 
-class ByteTokenizer:
+  def stream_decoder(self) -> "StreamDecoder":
+    return StreamDecoder(self)
+
+
+class ByteTokenizer(Tokenizer):
   """The 256 bytes of UTF-8, then pad, bos and eos."""
 
   name = "byte"
@@ -69,19 +92,22 @@ class ByteTokenizer:
   ).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
-    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+    data = text.encode("utf-8", "replace")
+    return np.frombuffer(data, np.uint8).astype(np.int32)
 
   def decode(self, ids: Iterable[int]) -> str:
-    return bytes(i for i in map(int, ids) if 0 <= i < 256).decode(
-      "utf-8", errors="replace"
-    )
+    data = bytes(i for i in map(int, ids) if 0 <= i < 256)
+    return data.decode("utf-8", "replace")
+
+  def count_bytes(self, ids: np.ndarray) -> int:
+    return int(((ids >= 0) & (ids < 256)).sum())
 
   def save(self, folder: str | os.PathLike) -> None:
     text = json.dumps({"moejax_tokenizer": self.name}) + "\n"
     pathlib.Path(folder, FILE_NAME).write_text(text)
 
 
-class FileTokenizer:
+class FileTokenizer(Tokenizer):
   """A `tokenizer.json` read by the `tokenizers` library.
 
   Args:
@@ -105,9 +131,9 @@ class FileTokenizer:
     self._text = text
     self._configure()
     self.digest = hashlib.sha256(canonical.encode()).hexdigest()
-    self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-    largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-    self.vocab_size = max(self.vocab_size, largest + 1)
+    # Ids may have holes: what counts is the largest.
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.vocab_size = max(vocabulary.values()) + 1
     special = {
       token.content: number
       for number, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -133,20 +159,42 @@ class FileTokenizer:
     self._tokenizer.no_padding()
 
   def encode(self, text: str) -> np.ndarray:
-    parts = [
-      self._tokenizer.encode_batch_fast([chunk], add_special_tokens=False)[0].ids
+    encode = self._tokenizer.encode_batch_fast
+    return np.concatenate([
+      np.array(encode([chunk], add_special_tokens=False)[0].ids, np.int32)
       for chunk in _chunks(text)
-    ]
-    return np.concatenate([np.asarray(part, np.int32) for part in parts])
+    ])
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+  def count_bytes(self, ids: np.ndarray) -> int:
+    return int(self._byte_lengths[np.asarray(ids)].sum())
+
+  @functools.cached_property
+  def _byte_lengths(self) -> np.ndarray:
+    """[V] bytes of each entry."""
+    lengths = np.zeros(self.vocab_size, np.int64)
+    description = json.loads(self._text)
+    # A byte-level vocabulary spells each byte as one character.
+    byte_level = '"ByteLevel"' in json.dumps(description["decoder"])
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+    for entry, number in vocabulary.items():
+      if re.fullmatch("<0x[0-9A-F]{2}>", entry):
+        lengths[number] = 1
+      else:
+        text = entry.replace("\u2581", " ")
+        lengths[number] = len(entry) if byte_level else len(text.encode())
+    for number, token in self._tokenizer.get_added_tokens_decoder().items():
+      lengths[number] = 0 if token.special else len(token.content.encode())
+    return lengths
 
   def save(self, folder: str | os.PathLike) -> None:
     pathlib.Path(folder, FILE_NAME).write_text(self._text, encoding="utf-8")
 
   def __getstate__(self) -> dict:
-    return {k: v for k, v in self.__dict__.items() if k != "_tokenizer"}
+    left_out = ("_tokenizer", "_byte_lengths")
+    return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
   def __setstate__(self, state: dict) -> None:
     import tokenizers
@@ -181,18 +229,10 @@ def load_tokenizer(spec: str | os.PathLike) -> Tokenizer:
   return FileTokenizer(path, text)
 
 
-def encode_document(tokenizer: Tokenizer, text: str) -> np.ndarray:
-  """[n] int32: bos (if the tokenizer has one), the text, eos."""
-  ids = tokenizer.encode(text)
-  bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  parts = (np.array(bos, np.int32), ids, np.array([tokenizer.eos_id], np.int32))
-  return np.concatenate(parts)
-
-
-class TextStream:
+class StreamDecoder:
   """Decodes ids as they are generated, never showing half a character.
 
-  `push(id)` returns the text that became certain; `flush()` the rest.
+  `push(id)` returns the text that became certain; `finish()` the rest.
   """
 
   _KEEP = 8  # ids of context, which some decoders need to place spaces
@@ -216,7 +256,7 @@ class TextStream:
       self._shown = len(self._tokenizer.decode(self._ids))
     return new
 
-  def flush(self) -> str:
+  def finish(self) -> str:
     text = self._tokenizer.decode(self._ids)[self._shown :]
     self._ids, self._shown = [], 0
     return text

@@ -30,7 +30,7 @@ def dense(
   """
   T, D = x_TD.shape
   E = routing.num_experts
-  h_AD = jnp.broadcast_to(x_TD, (E, T, D)).reshape(E * T, D)
+  h_AD = jnp.tile(x_TD, (E, 1))
   sizes_E = jnp.full(E, T, jnp.int32)
   y_ETD = expert_fn(h_AD, sizes_E, weights).reshape(E, T, -1)
   somewhere_A = routing.expert_A < E

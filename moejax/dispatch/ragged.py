@@ -69,7 +69,7 @@ def sort_by_expert(
     jnp.arange(A, dtype=jnp.int32), unique_indices=True
   )
   # Counting by comparison: A x E booleans are cheaper than a scatter.
-  sizes_E = (expert_A[:, None] == jnp.arange(num_experts)).sum(0, jnp.int32)
+  sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(0, jnp.int32)
   return order_A, place_A, sizes_E
 
 

@@ -32,7 +32,8 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
   """RMSNorm over the last axis (Zhang & Sennrich 2019), statistics in float32."""
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
-  return (x32 * inverse).astype(x.dtype) * gain.astype(x.dtype)
+  gain = jnp.expand_dims(gain.astype(x.dtype), tuple(range(x.ndim - 1)))
+  return (x32 * inverse).astype(x.dtype) * gain
 
 
 class RMSNorm(nn.Module):
@@ -48,7 +49,9 @@ def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
   """Rotary embedding, half-split form (Su et al. 2021), angles in float32."""
   half = x_BTNH.shape[-1] // 2
   inverse_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BTH = positions_BT[..., None].astype(jnp.float32) * inverse_H
+  angle_BTH = (
+    positions_BT[..., None].astype(jnp.float32) * inverse_H[None, None]
+  )
   cos, sin = jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(

@@ -130,9 +130,10 @@ def test_scan_and_remat(backend):
     return (jax.lax.scan(layer, x_AD, (w_LEDD, sizes_LE))[0] ** 2).sum()
 
   def plain(x_AD, w_EDF, sizes_E):
-    expert_A = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E,
-                          total_repeat_length=x_AD.shape[0])
-    return jnp.einsum("AD,ADF->AF", x_AD, w_EDF[expert_A])
+    row_A = jnp.arange(x_AD.shape[0])
+    expert_A = jnp.searchsorted(jnp.cumsum(sizes_E), row_A, side="right")
+    one_hot_AE = jax.nn.one_hot(expert_A, len(sizes_E))  # 0 for rows beyond
+    return jnp.einsum("AE,AD,EDF->AF", one_hot_AE, x_AD, w_EDF)
   run = lambda multiply: jax.jit(jax.value_and_grad(
       functools.partial(loss, multiply=multiply), (0, 1)))(lhs_AD, w_LEDD)
   got = run(functools.partial(grouped_matmul, backend=backend))
@@ -175,7 +176,8 @@ def test_a_wrong_call_is_one_clear_line(change, message):
 def test_cpu_refuses_impossible_sizes(sizes, message):
   f = jax.jit(functools.partial(grouped_matmul, backend="cpu"))
   args = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array(sizes, jnp.int32)
-  with pytest.raises(ValueError, match=message):
+  # Its class depends on whether XLA ran the call in this thread.
+  with pytest.raises((ValueError, RuntimeError), match=message):
     jax.block_until_ready(f(*args))
   # The next call is not affected.
   assert float(f(*args[:2], jnp.array([3, 1])).sum()) == 4 * 3 * 5

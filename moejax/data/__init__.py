@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sources -> tokenizer -> token store -> mixture -> [B, T] batches.
+
+  prepare(config)               text to rows on disk, once
+  open_stores(config, tok)      opens and checks them
+  load_batches(...)             endless training batches, from any step
+  validation_batches(...)       held-out rows, once, in a fixed order
+  file_batches(...)             rows of files that are in no store
+"""
+
+from moejax.data.builder import prepare
+from moejax.data.loader import (
+  BatchIterator,
+  StoreSet,
+  file_batches,
+  load_batches,
+  open_stores,
+  rows_from_texts,
+  validation_batches,
+)
+from moejax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+__all__ = [
+  "BatchIterator",
+  "StoreSet",
+  "Tokenizer",
+  "file_batches",
+  "load_batches",
+  "load_tokenizer",
+  "open_stores",
+  "prepare",
+  "rows_from_texts",
+  "train_tokenizer",
+  "validation_batches",
+]

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes token stores: plans parts, has them written, puts the store in place.
+
+A store grows in `FOLDER.partial` and is renamed when it is complete. Each part
+of the source becomes one shard a split, whoever writes it, so the bytes do not
+depend on the number of processes, and after a crash only unfinished parts are
+done again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from moejax.config import DataConfig
+from moejax.data import parts, sources, store
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.errors import DataError
+from moejax.progress import format_count, format_seconds, progress_bar
+
+SOURCES = "sources.json"
+MIN_PART_BYTES = 2 << 20
+MAX_PART_BYTES = 256 << 20
+_TARGET_PARTS = 64
+# Below this much text a second process costs more than it saves.
+_BYTES_PER_PROCESS = {True: 32 << 20, False: 2 << 20}
+
+Say = Callable[[str], None]
+
+
+def prepare(
+  config: DataConfig,
+  *,
+  processes: int = 0,
+  rebuild: bool = False,
+  say: Say = print,
+) -> list[pathlib.Path]:
+  """Makes the token store of each source, or finds it ready.
+
+  Args:
+    config: sources, tokenizer, row length and where the stores go.
+    processes: how many tokenise at a time; 0 takes what the machine has.
+    rebuild: makes stores anew whose source files have changed since.
+    say: gets the lines to tell the person.
+
+  Returns:
+    the folders of the stores, in the order of `config.sources`.
+
+  Raises:
+    DataError: a source is missing, empty, damaged or changed; the tokenizer
+      cannot be used; the store cannot be written. Nothing half-written is left
+      under a store's name.
+  """
+  tokenizer = load_tokenizer(config.tokenizer)
+  return [
+    _prepare_source(config, spec, tokenizer, processes, rebuild, say)
+    for spec in config.sources
+  ]
+
+
+def _prepare_source(
+  config: DataConfig,
+  spec: str,
+  tokenizer: Tokenizer,
+  processes: int,
+  rebuild: bool,
+  say: Say,
+) -> pathlib.Path:
+  folder = store.store_path(config, spec, tokenizer)
+  source = sources.open_source(spec, config.text_key)
+  finished = (folder / store.MANIFEST).exists()
+  known = store.read_verified(folder)["sources"]
+  digests = _digest_sources(source, known)
+  if finished:
+    changed = _changed_files(folder, digests)
+    if not changed:
+      opened = store.TokenStore.open(folder, tokenizer)
+      store.remember_verified(folder, sources=digests)
+      say(f"{spec}: ready, {_describe(opened.manifest)} in {folder}")
+      return folder
+    if not rebuild:
+      raise DataError(
+        f"{spec} has changed since {folder} was prepared ({changed}); train on "
+        "it as it is, or make it anew with: moejax data prepare --rebuild ..."
+      )
+  start = time.monotonic()
+  building = folder.with_name(folder.name + ".partial")
+  with _locked(building):
+    plan = _plan(config, spec, source, tokenizer, digests)
+    _start_or_continue(building, plan, tokenizer, say)
+    _write_parts(building, plan, source, tokenizer, processes, spec)
+    manifest = _finish(building, plan, tokenizer, digests, spec)
+    _put_in_place(building, folder)
+  seconds = format_seconds(time.monotonic() - start)
+  say(f"{spec}: {_describe(manifest)} in {folder}, {seconds}")
+  if config.validation_fraction and "validation" not in manifest["splits"]:
+    say(
+      f"{spec}: no document fell into validation; raise "
+      f"data.validation_fraction={config.validation_fraction} if you evaluate"
+    )
+  return folder
+
+
+def _digest_sources(
+  source: sources.Source, known: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Digests with progress where it takes long."""
+  total = sum(source.path(n).stat().st_size for n in source.names)
+  if total < MAX_PART_BYTES or known:
+    return source.digests(known, lambda count: None)
+  with progress_bar(f"reading {source.identity}", total) as bar:
+    return source.digests(known, bar.advance)
+
+
+def _changed_files(
+  folder: pathlib.Path, digests: dict[str, dict[str, Any]]
+) -> str:
+  """Which source files differ from those that the store was made of."""
+  now = {name: entry["sha256"] for name, entry in digests.items()}
+  try:
+    then = json.loads((folder / SOURCES).read_text())
+  except (OSError, ValueError):
+    return f"{SOURCES} is missing or damaged"
+  changed = [n for n in sorted({*now, *then}) if now.get(n) != then.get(n)]
+  if not changed:
+    return ""
+  more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+  return ", ".join(changed[:3]) + more
+
+
+def _plan(
+  config: DataConfig,
+  spec: str,
+  source: sources.Source,
+  tokenizer: Tokenizer,
+  digests: dict[str, dict[str, Any]],
+) -> parts.Plan:
+  units = source.units()
+  total = sum(file.count * file.unit_bytes for file in units)
+  size = min(max(total / _TARGET_PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
+  slices = sources.plan_parts(units, size)
+  if not slices:
+    raise DataError(f"{spec} is empty: there is no document in it")
+  return parts.Plan(
+    key=store.store_key(config, spec, tokenizer),
+    spec=spec,
+    digests={name: entry["sha256"] for name, entry in digests.items()},
+    parts=[[[s.file, s.start, s.stop] for s in part] for part in slices],
+    part_bytes=[
+      sum((s.stop - s.start) * units[s.file].unit_bytes for s in part)
+      for part in slices
+    ],
+  )
+
+
+@contextlib.contextmanager
+def _locked(building: pathlib.Path) -> Iterator[None]:
+  """Holds the folder against a second `prepare`; freed if this process dies."""
+  try:
+    building.mkdir(parents=True, exist_ok=True)
+    lock = open(building / "lock", "w")
+  except OSError as e:
+    raise DataError(f"cannot write {building}: {e.strerror}") from None
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      raise DataError(
+        f"another process is preparing {building}; wait for it"
+      ) from None
+    yield
+
+
+def _start_or_continue(
+  building: pathlib.Path, plan: parts.Plan, tokenizer: Tokenizer, say: Say
+) -> None:
+  """Clears what another plan left; keeps the finished parts of this one."""
+  try:
+    unfinished = (building / parts.PLAN).read_text()
+  except OSError:
+    unfinished = None
+  if unfinished == plan.text():
+    done = len(list(building.glob("part-*.json")))
+    say(f"going on: {done} of {len(plan.parts)} parts are done")
+    for path in building.glob("*.partial"):
+      path.unlink(missing_ok=True)
+    return
+  for path in building.iterdir():
+    if path.name != "lock":
+      path.unlink()
+  try:
+    tokenizer.save(building)
+    parts.write_atomically(building / parts.PLAN, plan.text())
+  except OSError as e:
+    raise DataError(f"cannot write {building}: {e.strerror}") from None
+
+
+def _write_parts(
+  building: pathlib.Path,
+  plan: parts.Plan,
+  source: sources.Source,
+  tokenizer: Tokenizer,
+  processes: int,
+  spec: str,
+) -> None:
+  """Writes the parts that are not done yet."""
+  count = range(len(plan.parts))
+  left = [i for i in count if not (building / parts.part_name(i)).exists()]
+  total = sum(plan.part_bytes[i] for i in left)
+  if not processes:
+    worth = total / _BYTES_PER_PROCESS[tokenizer.name == "byte"]
+    processes = max(1, min(len(os.sched_getaffinity(0)), int(worth)))
+  processes = min(processes, len(left))
+  with progress_bar(f"tokenizing {spec}, MB", round(total / 1e6)) as bar:
+    advance = _megabytes(bar.advance)
+    if processes <= 1:
+      for index in left:
+        parts.write_part(building, plan, index, source, tokenizer, advance)
+    else:
+      _run_workers(building, left, processes, advance)
+
+
+def _megabytes(advance: Callable[[int], None]) -> Callable[[float], None]:
+  """Tells bytes in whole megabytes."""
+  rest = 0.0
+
+  def advance_bytes(count: float) -> None:
+    nonlocal rest
+    rest += count
+    if rest >= 1e6:
+      advance(int(rest // 1e6))
+      rest %= 1e6
+
+  return advance_bytes
+
+
+def _run_workers(
+  building: pathlib.Path,
+  left: Sequence[int],
+  processes: int,
+  advance: Callable[[float], None],
+) -> None:
+  """Has worker processes write the parts; the first error ends all of them."""
+  path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+  environment = os.environ | {"PYTHONPATH": path}
+  command = [sys.executable, "-m", "moejax.data.parts", str(building)]
+  messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+  workers = []
+  try:
+    for number in range(processes):
+      worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment,
+      )  # fmt: skip
+      workers.append(worker)
+      threading.Thread(
+        target=_listen, args=(number, worker, messages), daemon=True
+      ).start()
+    waiting = list(left)
+    for worker in workers:
+      _send(worker, waiting.pop(0))
+    unfinished = len(left)
+    while unfinished:
+      number, message = messages.get()
+      if message is None:
+        code = workers[number].wait()
+        raise DataError(
+          f"a tokenizing process died (exit code {code}; -9 is often lack of "
+          "memory: try --processes=1); the same command goes on"
+        )
+      if "error" in message:
+        raise DataError(message["error"])
+      if "done" in message:
+        unfinished -= 1
+        if waiting:
+          _send(workers[number], waiting.pop(0))
+      else:
+        advance(message["advance"])
+  finally:
+    for worker in workers:
+      worker.kill()
+      worker.wait()
+      worker.stdin.close()
+
+
+def _send(worker: subprocess.Popen, index: int) -> None:
+  with contextlib.suppress(BrokenPipeError):  # its death arrives as a message
+    worker.stdin.write(f"{index}\n")
+    worker.stdin.flush()
+
+
+def _listen(
+  number: int, worker: subprocess.Popen, messages: queue.Queue
+) -> None:
+  with worker.stdout:
+    for line in worker.stdout:
+      messages.put((number, json.loads(line)))
+  messages.put((number, None))
+
+
+def _finish(
+  building: pathlib.Path,
+  plan: parts.Plan,
+  tokenizer: Tokenizer,
+  digests: dict[str, dict[str, Any]],
+  spec: str,
+) -> dict[str, Any]:
+  """Writes the manifest and the metadata around finished parts."""
+  summaries = [
+    json.loads((building / parts.part_name(i)).read_text())
+    for i in range(len(plan.parts))
+  ]
+  manifest = _manifest(plan, tokenizer, summaries)
+  if "train" not in manifest["splits"]:
+    shutil.rmtree(building)
+    raise DataError(
+      f"{spec} has no text to train on: {manifest['empty_documents']} empty "
+      f"documents, {manifest['validation_documents']} in validation"
+    )
+  for split in store.SPLITS:
+    if split not in manifest["splits"]:
+      for path in building.glob(f"{store.DATASET}-{split}.*"):
+        path.unlink()
+  dtype = store.token_dtype(tokenizer.vocab_size)
+  try:
+    store.write_metadata(building, plan.key["seq_len"], dtype, manifest)
+    (building / SOURCES).write_text(json.dumps(plan.digests, indent=1))
+    text = json.dumps(manifest, indent=1, sort_keys=True)
+    parts.write_atomically(building / store.MANIFEST, text)
+  except OSError as e:
+    raise DataError(f"cannot write {building}: {e.strerror}") from None
+  shards = {}
+  for info in manifest["splits"].values():
+    for shard in info["shards"]:
+      stat = (building / shard["name"]).stat()
+      shards[shard["name"]] = [stat.st_size, stat.st_mtime_ns]
+  store.remember_verified(building, shards=shards, sources=digests)
+  return manifest
+
+
+def _manifest(
+  plan: parts.Plan, tokenizer: Tokenizer, summaries: list[dict[str, Any]]
+) -> dict[str, Any]:
+  manifest = dict(plan.key)
+  manifest["source_sha256"] = sources.text_digest(
+    json.dumps(plan.digests, sort_keys=True)
+  )
+  manifest["tokenizer_name"] = tokenizer.name
+  manifest["vocab_size"] = tokenizer.vocab_size
+  manifest["dtype"] = store.token_dtype(tokenizer.vocab_size).str
+  for name in summaries[0]:
+    if name != "shards":
+      manifest[name] = sum(summary[name] for summary in summaries)
+  manifest["splits"] = {}
+  for split in store.SPLITS:
+    shards = [summary["shards"][split] for summary in summaries]
+    rows = sum(shard["rows"] for shard in shards)
+    if rows:
+      used = sum(shard["used_slots"] for shard in shards)
+      manifest["splits"][split] = {
+        "rows": rows,
+        "fill": round(used / (rows * (plan.key["seq_len"] + 1)), 6),
+        "shards": shards,
+      }
+  return manifest
+
+
+def _put_in_place(building: pathlib.Path, folder: pathlib.Path) -> None:
+  """Renames the finished store; an outdated one steps aside first."""
+  for path in building.glob("part-*.json"):
+    path.unlink()
+  (building / parts.PLAN).unlink()
+  (building / "lock").unlink()
+  if folder.exists():
+    old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
+    os.replace(folder, old)
+    os.replace(building, folder)
+    shutil.rmtree(old)
+  else:
+    os.replace(building, folder)
+
+
+def _describe(manifest: dict[str, Any]) -> str:
+  splits = manifest["splits"]
+  train = splits["train"]
+  validation = splits["validation"]["rows"] if "validation" in splits else 0
+  text = (
+    f"{manifest['documents']:,} documents, "
+    f"{format_count(manifest['tokens'])} tokens, {train['rows']:,} rows of "
+    f"{manifest['seq_len']} ({train['fill']:.1%} full), {validation:,} for "
+    "validation"
+  )
+  if manifest["replaced"]:
+    text += f", {manifest['replaced']:,} invalid UTF-8 sequences replaced"
+  if manifest["empty_documents"]:
+    text += f", {manifest['empty_documents']:,} empty documents skipped"
+  return text

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches from token stores: a function of the seed and the step alone.
+
+Global batch `n` is rows [n*B, (n+1)*B) of the mixture, in that order, however
+many processes share it and however they read. So the data position of a run is
+its step, and going on from it costs nothing.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from moejax.config import DataConfig
+from moejax.data import packing, sources, store
+from moejax.data.mixture import Mixture
+from moejax.data.tokenizer import Tokenizer
+from moejax.errors import DataError
+
+Batch = dict[str, np.ndarray]
+# Reading is short work under the interpreter lock: more threads do not help.
+_THREADS = 2
+# Validation rows are always drawn in the same order.
+_VALIDATION_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreSet:
+  """The opened stores of a config's sources, in its order.
+
+  Attributes:
+    stores: one a source.
+    weights: share of each in the training rows.
+    vocab_size: ids must be below it.
+    seq_len: T.
+  """
+
+  stores: tuple[store.TokenStore, ...]
+  weights: tuple[float, ...]
+  vocab_size: int
+  seq_len: int
+
+  def rows(self, split: str) -> int:
+    """Rows of all stores in `train` or `validation`."""
+    return sum(s.rows(split) for s in self.stores)
+
+  @property
+  def fingerprint(self) -> str:
+    """SHA-256 of all that decides the rows, weights included."""
+    parts = [s.fingerprint for s in self.stores] + [repr(self.weights)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+  def describe(self) -> str:
+    """One line for people."""
+    total = sum(self.weights)
+    return " + ".join(
+      f"{weight / total:.3g} x {s.source} ({s.rows('train'):,} rows)"
+      if len(self.stores) > 1
+      else f"{s.source} ({s.rows('train'):,} rows of {self.seq_len})"
+      for s, weight in zip(self.stores, self.weights)
+    )
+
+
+def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
+  """Opens and checks the stores of all `config.sources`.
+
+  Raises:
+    DataError: a store is missing, damaged, or of another tokenizer.
+  """
+  stores = []
+  for spec in config.sources:
+    folder = store.store_path(config, spec, tokenizer)
+    if not (folder / store.MANIFEST).exists():
+      raise DataError(_missing(config, spec, folder))
+    stores.append(store.TokenStore.open(folder, tokenizer))
+  weights = config.weights or tuple(float(s.rows("train")) for s in stores)
+  return StoreSet(
+    tuple(stores), weights, tokenizer.vocab_size, config.seq_len
+  )
+
+
+def _missing(config: DataConfig, spec: str, folder: Any) -> str:
+  slug = sources.slug(spec)
+  others = sorted(
+    path.parent.name
+    for path in folder.parent.glob(f"{slug}-*/{store.MANIFEST}")
+  )
+  near = f" (there is {', '.join(others)})" if others else ""
+  return (
+    f"no token store for {spec} with seq_len={config.seq_len} and tokenizer "
+    f"{config.tokenizer} under {config.store}{near}; run: moejax data prepare "
+    "--config=..."
+  )
+
+
+class BatchIterator:
+  """Iterates over batches; close it, or use it in a `with` block.
+
+  Each batch is a dict of arrays, of this process's rows:
+    tokens, targets, segment_ids, positions: int32 [B, T]; see
+      `packing.model_inputs`.
+    loss_mask: bool [B, T].
+    source: int32 [B], index into `StoreSet.stores`; -1 for padding rows.
+    row: int64 [B], row of that store's split; -1 for padding rows.
+  """
+
+  def __init__(self, iterator: Iterator[Batch], stores: StoreSet, split: str):
+    self._held = [iterator]
+    self._stores = stores
+    self._split = split
+    # Also at the end of the program: readers left open hang or complain then.
+    self._close = weakref.finalize(self, _close, self._held)
+
+  def __iter__(self) -> Self:
+    return self
+
+  def __next__(self) -> Batch:
+    # Batches of reader processes lie in shared memory, which would outlive us.
+    if not self._held:
+      raise ValueError("these batches are closed")
+    batch = {key: np.array(x) for key, x in next(self._held[0]).items()}
+    check_vocabulary(batch, self._stores, self._split)
+    return batch
+
+  def close(self) -> None:
+    """Ends reader threads and processes."""
+    self._close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+
+def _close(held: list[Any]) -> None:
+  while held:
+    held.pop().close()
+
+
+def load_batches(
+  stores: StoreSet,
+  config: DataConfig,
+  split: str,
+  batch_size: int,
+  seed: int,
+  *,
+  start_step: int = 0,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> BatchIterator:
+  """Endless training batches, from step `start_step` on.
+
+  Args:
+    stores: as `open_stores` returns them.
+    config: `num_workers` and `prefetch_rows` decide how to read, never what.
+    split: `train` or `validation`.
+    batch_size: rows of the global batch.
+    seed: of the order; each source is shuffled anew in each of its epochs.
+    start_step: the first batch to return.
+    shard_index, shard_count: this process returns rows
+      [shard_index, shard_index + 1) * batch_size / shard_count of each batch.
+
+  Raises:
+    DataError: a source has no rows in this split; while iterating: a damaged
+      record, or an id outside the vocabulary.
+  """
+  if batch_size % shard_count:
+    raise ValueError(f"{batch_size} rows do not divide by {shard_count} shards")
+  for s, weight in zip(stores.stores, stores.weights):
+    if weight and not s.rows(split):
+      raise DataError(f"{s.source} has no {split} rows; see {s.folder}")
+  import grain
+  import grain.experimental
+
+  dataset = grain.MapDataset.select_from_datasets(
+    [
+      _rows(stores, number, split, seed).repeat(None)
+      for number in range(len(stores.stores))
+    ],
+    _ByShard(Mixture([(0, stores.weights)]), batch_size, shard_count),
+  )
+  local_size = batch_size // shard_count
+  ahead = max(1, config.prefetch_rows // local_size)
+  workers = None
+  if config.num_workers:
+    _allow_workers()
+    workers = grain.MultiprocessingOptions(
+      num_workers=config.num_workers, per_worker_buffer_size=ahead
+    )
+  iterator = iter(
+    grain.experimental.ElasticIterator(
+      dataset,
+      batch_size,
+      grain.sharding.ShardOptions(shard_index, shard_count),
+      read_options=grain.ReadOptions(_THREADS, ahead),
+      multiprocessing_options=workers,
+    )
+  )
+  iterator.set_state({"global_next_index": start_step * batch_size})
+  return BatchIterator(iterator, stores, split)
+
+
+def validation_batches(
+  stores: StoreSet,
+  config: DataConfig,
+  batch_size: int,
+  num_batches: int | None = None,
+  *,
+  shard_index: int = 0,
+  shard_count: int = 1,
+) -> BatchIterator:
+  """Validation rows once, in an order that never changes.
+
+  The sources are mixed in proportion to their rows, so that the first batches
+  are a sample of all. Rows that the last batch lacks are padding: segment 0, no
+  loss. So shapes stay the same.
+
+  Args:
+    stores: as `open_stores` returns them.
+    config: unused as yet; the same signature as `load_batches`.
+    batch_size: rows of the global batch.
+    num_batches: at most so many; None is all.
+    shard_index, shard_count: as in `load_batches`.
+
+  Raises:
+    DataError: there are no validation rows; while iterating: as `load_batches`.
+  """
+  del config
+  if batch_size % shard_count:
+    raise ValueError(f"{batch_size} rows do not divide by {shard_count} shards")
+  total = stores.rows("validation")
+  if not total:
+    raise DataError(
+      "no validation rows: raise data.validation_fraction and prepare again, "
+      "or set eval.every=0"
+    )
+  sizes = [float(s.rows("validation")) for s in stores.stores]
+  mixture = Mixture([(0, sizes)])
+  rows = [
+    _rows(stores, number, "validation", _VALIDATION_SEED)
+    for number in range(len(stores.stores))
+  ]
+  count = math.ceil(total / batch_size)
+  count = count if num_batches is None else min(count, num_batches)
+  local_size = batch_size // shard_count
+
+  def batches() -> Iterator[Batch]:
+    for step in range(count):
+      begin = step * batch_size + shard_index * local_size
+      numbers = range(begin, min(begin + local_size, total))
+      picked = (mixture[number] for number in numbers)
+      yield _stack(
+        [rows[source][index] for source, index in picked],
+        local_size,
+        stores.seq_len,
+      )
+
+  return BatchIterator(batches(), stores, "validation")
+
+
+def rows_from_texts(
+  texts: Iterable[str], tokenizer: Tokenizer, seq_len: int
+) -> list[packing.Row]:
+  """Packs texts in memory; a text that fits in one row is never cut.
+
+  Raises:
+    DataError: there is no text.
+  """
+  pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+  dtype = store.token_dtype(tokenizer.vocab_size)
+  packer = packing.Packer(seq_len, pad_id, dtype, max_waste=1.0)
+  documents = (
+    tokenizer.encode_document(text)
+    for text in texts
+    if text and not text.isspace()
+  )
+  rows = list(packing.pack((d for d in documents if len(d) > 1), packer))
+  if not rows:
+    raise DataError("there is no text to evaluate on")
+  return rows
+
+
+def file_batches(
+  specs: Sequence[str],
+  tokenizer: Tokenizer,
+  config: DataConfig,
+  batch_size: int,
+  num_batches: int | None = None,
+) -> Iterator[Batch]:
+  """Batches of files (or any sources) that are in no store, all of each.
+
+  Args:
+    specs: as in `data.sources`.
+    tokenizer: the model's.
+    config: its `seq_len` and `text_key` are used.
+    batch_size: rows of a batch; the last is padded.
+    num_batches: at most so many; None is all.
+
+  Raises:
+    DataError: a source is missing, empty or damaged.
+  """
+  def texts() -> Iterator[str]:
+    for spec in specs:
+      source = sources.open_source(spec, config.text_key)
+      for number, file in enumerate(source.units()):
+        for doc in source.documents(sources.Slice(number, 0, file.count)):
+          yield doc.text
+
+  rows = rows_from_texts(texts(), tokenizer, config.seq_len)
+  elements = [
+    _element(packing.model_inputs(row), 0, number)
+    for number, row in enumerate(rows)
+  ]
+  starts = range(0, len(elements), batch_size)
+  for start in itertools.islice(starts, num_batches):
+    chunk = elements[start : start + batch_size]
+    yield _stack(chunk, batch_size, config.seq_len)
+
+
+def check_vocabulary(batch: Batch, stores: StoreSet, split: str) -> None:
+  """Ids outside the vocabulary stop here: on the device they are clamped.
+
+  Raises:
+    DataError: naming the source, the row and the id.
+  """
+  for name in ("tokens", "targets"):
+    array = batch[name]
+    if array.max() < stores.vocab_size and array.min() >= 0:
+      continue
+    bad = (array < 0) | (array >= stores.vocab_size)
+    b = int(bad.any(1).argmax())
+    s = stores.stores[batch["source"][b]]
+    raise DataError(
+      f"{s.source}, {split} row {batch['row'][b]}: token id "
+      f"{array[b][bad[b]][0]} is outside the vocabulary of "
+      f"{stores.vocab_size}; delete {s.folder} and prepare again"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByShard:
+  """Reorders the mixture so that each shard's rows are neighbours.
+
+  Grain deals rows to the shards in turn; here shard `i` of `c` gets the i-th
+  stretch of each global batch, so the batches of all shards one after another
+  are the batch that a single process would read.
+  """
+
+  mixture: Mixture
+  batch_size: int
+  shard_count: int
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> tuple[int, int]:
+    start = index - index % self.batch_size
+    place, shard = divmod(index - start, self.shard_count)
+    local_size = self.batch_size // self.shard_count
+    return self.mixture[start + shard * local_size + place]
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadRow:
+  """Row number -> what the model reads; goes to reader processes by pickle."""
+
+  token_store: store.TokenStore
+  split: str
+  source: int
+
+  def __call__(self, row: int) -> Batch:
+    inputs = packing.model_inputs(self.token_store.read(self.split, row))
+    return _element(inputs, self.source, row)
+
+
+def _element(inputs: Batch, source: int, row: int) -> Batch:
+  return inputs | {"source": np.int32(source), "row": np.int64(row)}
+
+
+def _rows(stores: StoreSet, number: int, split: str, seed: int) -> Any:
+  """A Grain dataset of one store's rows, in another order each epoch."""
+  import grain
+
+  s = stores.stores[number]
+  # Grain adds the epoch to the seed: plain seeds would repeat each other.
+  key = f"{seed}/{number}".encode()
+  digest = hashlib.blake2b(key, digest_size=4).digest()
+  return (
+    grain.MapDataset.range(max(1, s.rows(split)))
+    .shuffle(seed=int.from_bytes(digest))
+    .map(_ReadRow(s, split, number))
+  )
+
+
+def _stack(elements: Sequence[Batch], batch_size: int, seq_len: int) -> Batch:
+  """Stacks rows [T] to [B, T], padding up to B rows."""
+  row = packing.Row(
+    np.zeros(seq_len + 1, np.int32), np.zeros(seq_len + 1, np.int32)
+  )
+  padding = _element(packing.model_inputs(row), -1, -1)
+  filled = [*elements, *[padding] * (batch_size - len(elements))]
+  return {key: np.stack([e[key] for e in filled]) for key in padding}
+
+
+def _allow_workers() -> None:
+  """Grain's reader processes want absl's flags parsed, if only by name."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()

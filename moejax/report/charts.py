@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all pictures have in common: a finding, a note, axes of one kind."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moejax.progress import format_count
+from moejax.report.series import finite, smooth, thin
+from moejax.report.style import LIGHT
+
+SMALL = (348, 216)
+HERO = (740, 486)
+FULL = (1110, 300)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """One picture of the report.
+
+  Attributes:
+    name: stem of the PNG's name.
+    title: what the picture shows, as a finding with its number.
+    note: what is drawn and in which units.
+    draw: `(figure, narrow)` draws it on a figure of `size` or `narrow_size`.
+    size: width and height in CSS pixels.
+    narrow_size: for telephones; None if `size` fits them.
+  """
+
+  name: str
+  title: str
+  note: str
+  draw: Callable[[Any, bool], None]
+  size: tuple[int, int] = SMALL
+  narrow_size: tuple[int, int] | None = None
+
+
+def step_axes(figure: Any, run_steps: int, unit: str = "") -> Any:
+  """Axes over steps 0..run_steps; `unit` heads the y axis."""
+  from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+  ax = figure.subplots()
+  ax.set_xlim(0 if run_steps > 1 else 0.5, max(run_steps, 1.5))
+  ax.set_xlabel("step", labelpad=2)
+  ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_count(x)))
+  ax.yaxis.set_major_locator(MaxNLocator(5))
+  if unit:
+    head_axis(ax, unit)
+  return ax
+
+
+def head_axis(ax: Any, unit: str, right: bool = False) -> None:
+  """The y axis' unit, level above its top: easier to read than turned text."""
+  ax.annotate(
+    unit, (1.0 if right else 0.0, 1.0), (0, 7), xycoords="axes fraction",
+    textcoords="offset points", ha="right" if right else "left", va="bottom",
+    color=LIGHT["soft"], fontsize=10.5,
+  )  # fmt: skip
+
+
+def draw_noisy(
+  ax: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str,
+  reduce: Callable = np.mean,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Raw values faint, their running mean strong; returns the latter."""  # fmt: skip
+  xs, ys = smooth(x, y, reduce)
+  if len(xs) == 1:
+    ax.plot(xs, ys, "o", color=LIGHT[colour], label=label, clip_on=False)
+    return xs, ys
+  ax.plot(*thin(x, y), color=LIGHT[colour], alpha=0.28, linewidth=0.8)
+  ax.plot(xs, ys, color=LIGHT[colour], linewidth=2.0, label=label)
+  return xs, ys
+
+
+def reference_line(
+  ax: Any, y: float, text: str, below: bool = False, left: bool = False
+) -> None:
+  """A dashed horizontal line with its meaning written on it."""
+  ax.axhline(y, color=LIGHT["soft"], linewidth=1.0, linestyle=(0, (4, 3)))
+  ax.annotate(
+    text, (0.0 if left else 1.0, y), (0, -3 if below else 3),
+    xycoords=("axes fraction", "data"), textcoords="offset points",
+    ha="left" if left else "right", va="top" if below else "bottom",
+    color=LIGHT["soft"], fontsize=10,
+  )  # fmt: skip
+
+
+def legend(ax: Any, columns: int = 3) -> None:
+  """Above the axes, at the right, where no curve can be."""
+  ax.legend(
+    loc="lower right", bbox_to_anchor=(1.0, 0.985), ncol=columns,
+    borderaxespad=0.0, handlelength=1.3, columnspacing=1.2, handletextpad=0.5,
+    borderpad=0.3,
+  )  # fmt: skip
+
+
+def number(value: float) -> str:
+  """Three significant digits as a person writes them: 0.003, 4.5e-5."""
+  text = f"{value:.3g}"
+  mantissa, e, exponent = text.partition("e")
+  return f"{mantissa}e{int(exponent)}" if e else text
+
+
+def percent(share: float) -> str:
+  return f"{100 * share:.2g} %" if share < 0.095 else f"{100 * share:.0f} %"
+
+
+def last_mean(x: np.ndarray, y: np.ndarray) -> float:
+  """The running mean's last value; NaN without any."""
+  _, ys = smooth(x, y)
+  return float(ys[-1]) if len(ys) else float("nan")
+
+
+def first_value(x: np.ndarray, y: np.ndarray) -> float:
+  _, known = finite(x, y)
+  return float(known[0]) if len(known) else float("nan")

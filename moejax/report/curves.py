@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Curves over steps: loss, learning rate, gradients, speed and time."""
+
+from typing import Any
+
+import numpy as np
+
+from moejax.progress import format_count, format_seconds
+from moejax.report.charts import (
+  HERO, Chart, draw_noisy, first_value, head_axis, last_mean, legend, number,
+  percent, reference_line, step_axes,
+)  # fmt: skip
+from moejax.report.rundata import RunData
+from moejax.report.series import finite, smooth
+from moejax.report.style import LIGHT
+
+# Perplexity of more than this says nothing, and its axis runs out of ticks.
+MAX_PERPLEXITY_NATS = 14.0
+
+
+def first_not_finite(run: RunData) -> int | None:
+  """The first step whose loss is NaN or infinite."""
+  bad = ~np.isfinite(run.metrics["loss/xent"])
+  return int(run.metrics.steps[bad][0]) if bad.any() else None
+
+
+def loss_chart(run: RunData) -> Chart | None:
+  """Training and validation loss."""
+  if "loss/xent" not in run.metrics:
+    return None
+  steps, loss = run.metrics.steps, run.metrics["loss/xent"]
+  evals = run.evaluations
+  validated = "validation/xent" in evals
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, run.last_step, "" if narrow else "nats per token")
+    _, ys = draw_noisy(ax, steps, loss, "blue", "training")
+    values = [ys]
+    if validated:
+      x, y = finite(evals.steps, evals["validation/xent"])
+      values.append(y)
+      ax.plot(
+        x, y, "-o", color=LIGHT["orange"], label="validation", clip_on=False,
+        markeredgecolor=LIGHT["card"], markersize=6, zorder=3,
+        linewidth=1.6, markevery=max(1, len(x) // 20),
+      )  # fmt: skip
+    known = np.concatenate(values)
+    if len(known):
+      low, high = known.min(), known.max()
+      margin = max(0.06 * (high - low), 0.02 * abs(high), 1e-3)
+      ax.set_ylim(low - margin, high + margin)
+      _perplexity_axis(ax, narrow)
+    legend(ax)
+
+  return Chart(
+    "loss", _loss_title(run), "Cross entropy in nats per token: every step "
+    "(faint) and running mean" + (", held-out text (dots)" if validated else "")
+    + ". Right axis: perplexity.", draw, HERO, (348, 262),
+  )  # fmt: skip
+
+
+def _loss_title(run: RunData) -> str:
+  steps, loss = run.metrics.steps, run.metrics["loss/xent"]
+  bad = first_not_finite(run)
+  if bad is not None:
+    return f"The loss is not finite from step {bad} on"
+  evals = run.evaluations
+  if "validation/xent" in evals and len(evals) > 1:
+    x, y = finite(evals.steps, evals["validation/xent"])
+    if len(y) > 1:
+      return f"Validation loss {_moved(y[0], y[-1])} by step {x[-1]:,}"
+  if len(run.metrics) == 1:
+    return f"Training loss {loss[0]:.3f} at the first step"
+  moved = _moved(first_value(steps, loss), last_mean(steps, loss))
+  return f"Training loss {moved} in {run.last_step:,} steps"
+
+
+def _moved(before: float, after: float) -> str:
+  verb = "fell" if after < before else "rose"
+  return f"{verb} from {before:.2f} to {after:.3f}"
+
+
+def _perplexity_axis(ax: Any, narrow: bool) -> None:
+  """Perplexity of the same curve, with round numbers far enough apart."""
+  low, high = ax.get_ylim()
+  if high > MAX_PERPLEXITY_NATS:
+    return
+  ticks: list[float] = []
+  for tick in sorted(d * 10.0**p for p in range(-1, 7) for d in (1, 2, 3, 5)):
+    height = np.log(tick)
+    apart = not ticks or height - np.log(ticks[-1]) > 0.1 * (high - low)
+    if low <= height <= high and apart:
+      ticks.append(tick)
+  right = ax.twinx()
+  right.set_ylim(low, high)
+  right.grid(False)
+  right.set_yticks(np.log(ticks), [format_count(tick) for tick in ticks])
+  right.spines["right"].set_visible(False)
+  if not narrow:
+    right.set_ylabel("perplexity", rotation=270, va="bottom", fontsize=10.5)
+
+
+def planned_rates(run: RunData) -> np.ndarray | None:
+  """Learning rate of every step of the whole run, if the config tells."""
+  if run.config is None:
+    return None
+  from moejax.optimizer import schedule_values
+
+  return schedule_values(run.config)
+
+
+def learning_rate_chart(run: RunData) -> Chart | None:
+  """The whole planned schedule, the part done on top of it."""
+  if "learning_rate" not in run.metrics:
+    return None
+  planned = planned_rates(run)
+  steps, rates = run.metrics.steps, run.metrics["learning_rate"]
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, max(run.num_steps, run.last_step))
+    if planned is not None:
+      x = np.arange(1, len(planned) + 1)
+      keep = np.unique(np.linspace(0, len(x) - 1, 1500).astype(int))
+      ax.plot(x[keep], planned[keep], color=LIGHT["soft"], linewidth=1.4,
+              linestyle=(0, (3, 2)), label="planned")  # fmt: skip
+      ax.fill_between(x[keep], planned[keep], color=LIGHT["faint"], alpha=0.25,
+                      linewidth=0)  # fmt: skip
+    keep = np.unique(np.linspace(0, len(steps) - 1, 1500).astype(int))
+    ax.plot(steps[keep], rates[keep], color=LIGHT["blue"], linewidth=2.2,
+            label="done")  # fmt: skip
+    ax.plot(steps[-1:], rates[-1:], "o", color=LIGHT["blue"], clip_on=False,
+            markeredgecolor=LIGHT["card"], markersize=8, zorder=4)  # fmt: skip
+    ax.set_ylim(bottom=0)
+    ax.yaxis.get_major_formatter().set_powerlimits((-3, 4))
+    legend(ax)
+
+  note = "Learning rate of each step: the whole plan, and the part done."
+  return Chart("learning_rate", _rate_title(run), note, draw)
+
+
+def _rate_title(run: RunData) -> str:
+  now = run.metrics["learning_rate"][-1]
+  if run.config is None:
+    return f"Learning rate {number(now)} at step {run.last_step:,}"
+  optimizer = run.config.optimizer
+  warmup, decay = optimizer.schedule.lengths(run.num_steps)
+  peak = number(optimizer.learning_rate)
+  parts = [f"{warmup:,} steps of warm-up to {peak}" if warmup else f"from {peak}"]
+  if decay:
+    parts.append(f"decay over the last {decay:,}")
+  elif optimizer.schedule.name != "wsd":
+    parts.append(f"then {optimizer.schedule.name} decay")
+  return "Learning rate: " + ", ".join(parts)
+
+
+def gradient_chart(run: RunData) -> Chart | None:
+  """Global gradient norm and the clip."""
+  if "grad_norm" not in run.metrics:
+    return None
+  steps, norm = run.metrics.steps, run.metrics["grad_norm"]
+  clip = run.record["config"]["optimizer"]["clip_norm"]
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, run.last_step)
+    positive = np.where(norm > 0, norm, np.nan)
+    draw_noisy(ax, steps, positive, "purple", "norm", np.median)
+    if np.isfinite(positive).any():
+      log_axis(ax)
+    if clip:
+      reference_line(ax, clip, f"clipped above {number(clip)}")
+
+  x, y = finite(steps, norm)
+  title = "No finite gradient norm" if not len(y) else (
+    f"Gradient norm {number(np.median(y[-max(5, len(y) // 50):]))}"
+    + (f"; clipped in {percent((y > clip).mean())} of steps" if clip else "")
+  )  # fmt: skip
+  note = "Global norm before clipping: every step (faint), running median."
+  return Chart("gradient_norm", title, note, draw)
+
+
+def log_axis(ax: Any) -> None:
+  """Log scale with plain numbers, in 1-2-5 steps where decades are few."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  ax.set_yscale("log")
+  low, high = ax.get_ylim()
+  subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
+  if high / low < 4:
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+  ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+  ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+  ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def median_rate(run: RunData, key: str) -> float | None:
+  """Median of a rate without the first step, which compiles."""
+  if key not in run.timing:
+    return None
+  values = run.timing[key]
+  values = values[1:] if len(values) > 1 else values
+  values = values[np.isfinite(values)]
+  return float(np.median(values)) if len(values) else None
+
+
+def throughput_chart(run: RunData) -> Chart | None:
+  """Tokens per second by step."""
+  median = median_rate(run, "tokens_per_second")
+  if median is None:
+    return None
+  steps, rate = run.timing.steps, run.timing["tokens_per_second"]
+  if len(steps) > 1:
+    steps, rate = steps[1:], rate[1:]
+
+  def draw(figure: Any, narrow: bool) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    ax = step_axes(figure, run.last_step)
+    _, ys = draw_noisy(ax, steps, rate, "green", "tokens/s", np.median)
+    top = max(np.nanquantile(rate, 0.98), ys.max(initial=0.0), 1e-9)
+    ax.set_ylim(0, 1.15 * top)
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: format_count(y)))
+
+  title = f"{format_count(median)} tokens/s"
+  mfu = median_rate(run, "mfu")
+  flops = median_rate(run, "model_flops_per_second")
+  if mfu is not None:
+    title += f", {percent(mfu)} of the hardware's peak"
+  elif flops is not None:
+    title += f", {format_count(flops)}FLOP/s of model"
+  note = "Target tokens per second of training time: each step, running median."
+  return Chart("throughput", title, note, draw)
+
+
+def time_split(run: RunData) -> dict[str, float]:
+  """Seconds of the run by what they went into; empty without timing."""
+  timing = run.timing
+  if "seconds" not in timing:
+    return {}
+  known = {
+    key: np.nan_to_num(timing[key]) if key in timing else np.zeros(len(timing))
+    for key in ("seconds", "input_wait", "evaluation", "checkpoint")
+  }
+  rest = known["seconds"] - sum(
+    known[key] for key in ("input_wait", "evaluation", "checkpoint")
+  )
+  rest = np.maximum(rest, 0.0)
+  # The first step of a process compiles: it takes much longer than the others.
+  compiling = max(0.0, float(rest[0] - np.median(rest)))
+  return {
+    "training steps": float(rest.sum()) - compiling,
+    "first step, compiling": compiling,
+    "waiting for data": float(known["input_wait"].sum()),
+    "evaluation": float(known["evaluation"].sum()),
+    "checkpoints": float(known["checkpoint"].sum()),
+  }
+
+
+def time_chart(run: RunData) -> Chart | None:
+  """Where the time went."""
+  split = time_split(run)
+  total = sum(split.values())
+  if not total:
+    return None
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = figure.subplots()
+    names = list(split)
+    shares = np.array([split[name] for name in names]) / total
+    colours = [LIGHT["green"]] + [LIGHT["orange"]] * (len(names) - 1)
+    y = np.arange(len(names))
+    ax.barh(y, shares, height=0.3, color=colours)
+    ax.barh(y, 1.0 - shares, height=0.3, left=shares, color=LIGHT["grid"])
+    for i, name in enumerate(names):
+      text = f"{format_seconds(split[name])} · {percent(shares[i])}"
+      style = {"textcoords": "offset points", "va": "bottom", "fontsize": 10.5}
+      ax.annotate(name, (0, i - 0.15), (0, 3), color=LIGHT["ink"], **style)
+      ax.annotate(text, (1, i - 0.15), (0, 3), color=LIGHT["soft"],
+                  ha="right", **style)  # fmt: skip
+    ax.set(xlim=(0, 1), ylim=(len(names) - 0.6, -0.75))
+    ax.set_axis_off()
+
+  share = split["training steps"] / total
+  title = f"{percent(share)} of {format_seconds(total)} went into training steps"
+  note = "Seconds that the training process spent, without pauses between."
+  return Chart("time", title, note, draw)
+
+
+def metric_chart(run: RunData, key: str) -> Chart | None:
+  """Any other metric by step; None if it never changes."""
+  _, y = finite(run.metrics.steps, run.metrics[key])
+  if not len(y) or (len(y) > 1 and y.min() == y.max()):
+    return None
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, run.last_step)
+    draw_noisy(ax, run.metrics.steps, run.metrics[key], "blue", key)
+
+  last = last_mean(run.metrics.steps, run.metrics[key])
+  name = key.replace("/", "_")
+  return Chart(name, f"{key} ended at {number(last)}",
+               f"{key}: every step (faint), running mean.", draw)  # fmt: skip

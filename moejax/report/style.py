@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the pictures look: one palette, one font size, few lines.
+
+Curves are drawn in the light palette. In the page each colour becomes a CSS
+variable, so the same SVG follows the reader's light or dark scheme. The hues
+are those of Okabe & Ito (2008), told apart by colour-blind readers.
+"""
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Iterator
+from typing import Any
+
+# Every colour once only: the page finds roles by value.
+LIGHT = {
+  "ink": "#1c2430",
+  "soft": "#667085",
+  "grid": "#e7eaf0",
+  "card": "#ffffff",
+  "blue": "#0b6bb3",
+  "orange": "#d9570d",
+  "green": "#098a66",
+  "purple": "#a3508c",
+  "faint": "#c3c9d4",
+}
+DARK = {
+  "ink": "#e8ebf0",
+  "soft": "#9aa4b5",
+  "grid": "#2c3440",
+  "card": "#181d25",
+  "blue": "#5bb0ee",
+  "orange": "#ff9152",
+  "green": "#3ccaa0",
+  "purple": "#dd94c8",
+  "faint": "#4b5565",
+}
+# Under fair share, fair, over: blue and orange differ in every colour vision.
+LOAD_COLOURS = (
+  "#08306b", "#2171b5", "#9ecae1", "#f2f2ee", "#fdbe85", "#e6550d", "#7f2704"
+)  # fmt: skip
+FONTS = (
+  "Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans",
+  "DejaVu Sans",
+)  # fmt: skip
+# Pictures are laid out in CSS pixels, drawn 1:1 on a phone and a desktop.
+PIXELS_PER_INCH = 72
+
+
+@contextlib.contextmanager
+def plot_style() -> Iterator[None]:
+  """Matplotlib settings of all pictures."""
+  import matplotlib
+
+  settings = {
+    "font.family": "sans-serif",
+    "font.sans-serif": [_font()],
+    "font.size": 11.0,
+    "axes.titlesize": 11.0,
+    "axes.labelsize": 11.0,
+    "xtick.labelsize": 10.5,
+    "ytick.labelsize": 10.5,
+    "legend.fontsize": 10.5,
+    "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["soft"],
+    "axes.edgecolor": LIGHT["faint"],
+    "xtick.color": LIGHT["faint"],
+    "ytick.color": LIGHT["faint"],
+    "xtick.labelcolor": LIGHT["soft"],
+    "ytick.labelcolor": LIGHT["soft"],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 1.0,
+    "axes.axisbelow": True,
+    "axes.linewidth": 1.0,
+    "xtick.major.size": 3.5,
+    "ytick.major.size": 0.0,
+    "ytick.minor.size": 0.0,
+    "axes.unicode_minus": True,
+    "axes.formatter.use_mathtext": False,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "savefig.facecolor": "none",
+    "figure.dpi": PIXELS_PER_INCH,
+  }
+  with matplotlib.rc_context(settings):
+    yield
+
+
+@functools.cache
+def _font() -> str:
+  """The first installed of FONTS; asking for others makes matplotlib warn."""
+  from matplotlib import font_manager
+
+  installed = set(font_manager.get_font_names())
+  return next(name for name in FONTS if name in installed)
+
+
+def new_figure(width: float, height: float) -> Any:
+  """A figure of `width` x `height` CSS pixels."""
+  from matplotlib.figure import Figure
+
+  size = (width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
+  return Figure(figsize=size, layout="constrained")
+
+
+def to_svg(figure: Any, name: str, label: str) -> str:
+  """The figure as an inline `<svg>` that follows the page's colours and font.
+
+  Args:
+    figure: drawn with `plot_style`.
+    name: unique in the page; keeps the ids of several pictures apart.
+    label: what a screen reader says.
+  """
+  import html
+
+  buffer = io.StringIO()
+  figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+  text = buffer.getvalue()
+  text = text[text.index("<svg") :]
+  text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+  # Matplotlib's global `*` rule would style the whole page.
+  text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
+  text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
+  text = re.sub(r'\bid="', f'id="{name}-', text)
+  text = text.replace("url(#", f"url(#{name}-")
+  text = text.replace('href="#', f'href="#{name}-')
+  for role, colour in LIGHT.items():
+    text = text.replace(colour, f"var(--{role})")
+  text = re.sub(r"font: ([^;\"']*px) [^;\"]*", r"font: \1 var(--font)", text)
+  label = html.escape(label, quote=True)
+  view = re.search(r'viewBox="[^"]*"', text)[0]
+  opening = f'<svg xmlns="http://www.w3.org/2000/svg" {view} role="img" '
+  opening += f'aria-label="{label}">'
+  return re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1).strip()
+
+
+def load_colour_map() -> Any:
+  """Blue below, near white at, orange above the fair share."""
+  from matplotlib.colors import LinearSegmentedColormap
+
+  return LinearSegmentedColormap.from_list("load", LOAD_COLOURS)

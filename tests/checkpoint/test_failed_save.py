@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A save that fails leaves the last good step, no trace, and a clear error."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax.checkpoint import Checkpointer, CheckpointReader, state_digest
+from moejax.errors import CheckpointError
+
+MB = 1 << 20
+
+
+def state_of(step: int, megabytes: float):
+  return {"w": jnp.full(int(megabytes * MB) // 4, step, jnp.float32)}
+
+
+def abstract(megabytes: float):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+    state_of(0, megabytes),
+  )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A filesystem of 4 MB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("mounting needs root")
+  yield folder
+  subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+  _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def error_of_next_check(ckpt) -> str:
+  end = time.monotonic() + 60
+  while time.monotonic() < end:
+    try:
+      ckpt.check()
+    except CheckpointError as e:
+      return str(e)
+    time.sleep(0.01)
+  raise AssertionError("the failed save was never reported")
+
+
+def test_full_disk(small_disk):
+  folder = small_disk / "checkpoints"
+  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+    ckpt.save(1, state_of(1, 1.0), {"step": 1})
+    ckpt.wait()
+    ckpt.save(2, state_of(2, 20.0), {})
+    message = error_of_next_check(ckpt)
+    assert "saving step 2" in message and "needs about 21.0 MB" in message
+    assert "MB free on its disk" in message
+    ckpt.check()  # told once
+    assert ckpt.latest() == 1 and os.listdir(folder) == ["1"]
+    restored = ckpt.restore(abstract(1.0))
+    assert state_digest(restored.state) == state_digest(state_of(1, 1.0))
+    ckpt.save(2, state_of(2, 1.0), {"step": 2})
+  assert CheckpointReader(folder).restore(abstract(1.0)).meta == {"step": 2}
+
+
+def test_file_size_limit_and_report_by_the_next_save(tmp_path):
+  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+    ckpt.save(1, state_of(1, 0.2), {})
+    ckpt.wait()
+    with file_size_limit(MB):
+      ckpt.save(2, state_of(2, 3.0), {})
+      with pytest.raises(CheckpointError, match="saving step 2 .* failed"):
+        ckpt.save(3, state_of(3, 0.2), {})
+    assert ckpt.latest() == 1 and os.listdir(tmp_path) == ["1"]
+    ckpt.save(3, state_of(3, 3.0), {})
+  assert CheckpointReader(tmp_path).steps() == [1, 3]
+
+
+@pytest.mark.parametrize("where", ["begin", "commit"])
+def test_failure_around_the_arrays(tmp_path, monkeypatch, where):
+  """No room for the small files, when the arrays had it."""
+  from moejax.checkpoint import layout
+
+  def full(*args):
+    raise OSError(28, "No space left on device")
+
+  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+    ckpt.save(1, state_of(1, 0.1), {})
+    ckpt.wait()
+    with monkeypatch.context() as m:
+      m.setattr(layout, where, full)
+      with pytest.raises(CheckpointError, match="No space left"):
+        ckpt.save(2, state_of(2, 0.1), {})
+        ckpt.wait()
+    assert os.listdir(tmp_path) == ["1"]
+    ckpt.save(2, state_of(2, 0.1), {})
+  assert CheckpointReader(tmp_path).steps() == [1, 2]
+
+
+def test_workdir_deleted_under_the_run(tmp_path):
+  folder = tmp_path / "checkpoints"
+  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+    ckpt.save(1, state_of(1, 0.1), {})
+    ckpt.wait()
+    os.rename(folder, tmp_path / "gone")
+    assert ckpt.latest() is None
+    ckpt.save(2, state_of(2, 0.1), {})
+  # Made anew, and whole.
+  assert CheckpointReader(folder).steps() == [2]
+
+
+def test_leaving_the_context_reports_a_failure(tmp_path, caplog):
+  with file_size_limit(MB):
+    with pytest.raises(CheckpointError, match="saving step 1"):
+      with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+        ckpt.save(1, state_of(1, 3.0), {})
+    # An error on its way is not hidden by it.
+    with pytest.raises(ZeroDivisionError):
+      with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+        ckpt.save(1, state_of(1, 3.0), {})
+        raise ZeroDivisionError
+  assert "saving step 1" in caplog.text
+
+
+def test_an_old_step_that_cannot_be_deleted_is_a_warning(
+  tmp_path, monkeypatch, caplog
+):
+  from moejax.checkpoint import layout
+
+  def fail(folder):
+    raise PermissionError(1, "Operation not permitted")
+
+  monkeypatch.setattr(layout, "delete", fail)
+  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+    ckpt.save(1, state_of(1, 0.1), {})
+    ckpt.save(2, state_of(2, 0.1), {})
+  assert "could not delete an old checkpoint" in caplog.text
+  assert CheckpointReader(tmp_path).latest() == 2

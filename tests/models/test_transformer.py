@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.config import ModelConfig, MoEConfig
+from moejax.models import KVCache, Rows, build, count, init_params
+
+SMALL = ModelConfig(
+  vocab_size=61, d_model=32, num_layers=3, prefix=("attention/mlp",),
+  num_heads=4, num_kv_heads=2, head_dim=8, d_mlp=48, dtype="float32",
+  moe=MoEConfig(num_experts=5, d_expert=24, router="top_k(k=2)"),
+  init_std=0.2,
+)  # fmt: skip
+
+
+def small(**changes):
+  moe = {
+    k: changes.pop(k) for k in list(changes) if hasattr(MoEConfig(), k)
+  }  # fmt: skip
+  moe = dataclasses.replace(SMALL.moe, **moe)
+  return dataclasses.replace(SMALL, moe=moe, **changes)
+
+
+def plain_rows(B, T):
+  return Rows(
+    jnp.ones((B, T), jnp.int32), jnp.broadcast_to(jnp.arange(T), (B, T))
+  )
+
+
+def tokens_of(seed, B, T):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.integers(0, SMALL.vocab_size, (B, T)), jnp.int32)
+
+
+def logits_fn(model):
+  def logits(params, tokens, rows):
+    out = model.apply({"params": params}, tokens, rows)
+    return model.apply({"params": params}, out.hidden_BTD, method="logits")
+
+  return jax.jit(logits)
+
+
+def relative_error(got, want):
+  return float(jnp.abs(got - want).max() / jnp.abs(want).max())
+
+
+@pytest.mark.parametrize(
+  "config",
+  [
+    SMALL,
+    small(tie_embeddings=True),
+    small(num_shared_experts=2),
+    small(qk_norm="head"),
+    small(qk_norm="none", prefix=(), pattern=("attention/mlp",)),
+    small(num_layers=5, pattern=("attention/moe", "attention/mlp")),
+  ],
+)
+def test_counts_agree_with_the_tree(config):
+  params = jax.eval_shape(
+    lambda: init_params(build(config), jax.random.key(0))
+  )
+  sizes = sum(x.size for x in jax.tree.leaves(params))
+  assert count(config).num_params == sizes
+
+
+def test_published_olmoe_counts():
+  config = ModelConfig(vocab_size=50304)  # the defaults are OLMoE-1B-7B
+  counts = count(config)
+  assert counts.num_params == 6_919_161_856
+  assert counts.num_active_params == 1_282_017_280
+  params = jax.eval_shape(
+    lambda: init_params(build(config), jax.random.key(0))
+  )
+  assert sum(x.size for x in jax.tree.leaves(params)) == counts.num_params
+
+
+def test_initial_weights_are_normal_cut_at_three_std():
+  params = init_params(build(small(init_std=0.02)), jax.random.key(0))
+  w = np.asarray(params["repeats"]["block_0"]["moe"]["w_up_EDF"])
+  assert 0.95 * 0.02 < w.std() < 1.02 * 0.02
+  assert 0.05 < np.abs(w).max() <= 0.06
+  # Layers and experts are drawn apart.
+  assert np.unique(w.round(7)).size > 0.99 * w.size
+  assert (params["final_norm"]["scale"] == 1).all()
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"scan_layers": False}, {"remat": "full"}, {"remat": "dots"},
+    {"dispatch": "dense"}, {"matmul": "reference"}, {"matmul": "cpu_loops"},
+    {"attention": "blockwise"},
+  ],
+  ids=str,
+)  # fmt: skip
+def test_how_it_is_computed_does_not_change_the_result(change):
+  model, other = build(SMALL), build(small(**change))
+  params = init_params(model, jax.random.key(0))
+  tokens, rows = tokens_of(0, 2, 9), plain_rows(2, 9)
+  weights = jax.random.normal(jax.random.key(1), (2, 9, SMALL.vocab_size))
+
+  def loss(model):
+    return jax.value_and_grad(
+      lambda p: (logits_fn(model)(p, tokens, rows) * weights).sum()
+    )
+
+  value, grads = jax.jit(loss(model))(params)
+  other_value, other_grads = jax.jit(loss(other))(params)
+  assert relative_error(other_value, value) < 1e-5
+  errors = jax.tree.map(relative_error, other_grads, grads)
+  assert max(jax.tree.leaves(errors)) < 2e-5, errors
+
+
+def test_later_tokens_do_not_reach_earlier_ones():
+  model = build(SMALL)
+  params = init_params(model, jax.random.key(0))
+  tokens, rows = tokens_of(0, 1, 12), plain_rows(1, 12)
+  before = logits_fn(model)(params, tokens, rows)
+  after = logits_fn(model)(params, tokens.at[0, 7].add(1), rows)
+  changed = jnp.abs(after - before).max(-1)[0] > 0
+  assert not changed[:7].any()
+  assert changed[7:].all()
+
+
+def test_packed_documents_equal_lone_ones():
+  model = build(SMALL)
+  params = init_params(model, jax.random.key(0))
+  first, second = tokens_of(1, 1, 5), tokens_of(2, 1, 7)
+  padding = jnp.full((1, 4), 3, jnp.int32)
+  packed = jnp.concatenate([first, second, padding], 1)
+  rows = Rows(
+    jnp.array([[1] * 5 + [2] * 7 + [0] * 4]),
+    jnp.array([[*range(5), *range(7), *range(4)]]),
+  )
+  got = logits_fn(model)(params, packed, rows)
+  one = logits_fn(model)(params, first, plain_rows(1, 5))
+  two = logits_fn(model)(params, second, plain_rows(1, 7))
+  assert relative_error(got[:, :5], one) < 1e-5
+  assert relative_error(got[:, 5:12], two) < 1e-5
+  assert jnp.isfinite(got).all()
+
+
+def test_padding_goes_nowhere_and_counts_nowhere():
+  model = build(SMALL)
+  params = init_params(model, jax.random.key(0))
+  tokens = tokens_of(3, 2, 8)
+  segments = jnp.array([[1] * 8, [1] * 3 + [0] * 5])
+  rows = Rows(segments, jnp.broadcast_to(jnp.arange(8), (2, 8)))
+  stats = model.apply({"params": params}, tokens, rows).stats
+  assert stats.count_BE.shape == (2, 2, 5)
+  np.testing.assert_array_equal(stats.tokens_B, [[8, 3], [8, 3]])
+  np.testing.assert_array_equal(stats.count_BE.sum(-1), [[16, 6], [16, 6]])
+  np.testing.assert_allclose(stats.prob_BE.sum(-1), [[8, 3], [8, 3]], 1e-6)
+  assert (stats.dropped_B == 0).all()
+  grads = jax.grad(
+    lambda p: model.apply({"params": p}, tokens, rows).stats.z_B[:, 1].sum()
+  )(params)
+  changed = tokens.at[1, 3:].set(0)
+  grads_changed = jax.grad(
+    lambda p: model.apply({"params": p}, changed, rows).stats.z_B[:, 1].sum()
+  )(params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-7),
+    grads, grads_changed,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_cached_logits_equal_uncached(dtype, tolerance):
+  model = build(small(dtype=dtype, num_shared_experts=1))
+  params = init_params(model, jax.random.key(0))
+  tokens, rows = tokens_of(4, 2, 10), plain_rows(2, 10)
+  want = logits_fn(model)(params, tokens, rows)
+
+  @jax.jit
+  def append(cache, tokens, rows):
+    out = model.apply({"params": params}, tokens, rows, cache)
+    logits = model.apply({"params": params}, out.hidden_BTD, method="logits")
+    return out.cache, logits
+
+  cache = KVCache.empty(model.config, 2, 16)
+  cut = lambda a, b: jax.tree.map(lambda x: x[:, a:b], (tokens, rows))
+  got = []
+  for start, end in [(0, 6), (6, 7), (7, 8), (8, 10)]:
+    cache, logits = append(cache, *cut(start, end))
+    got.append(logits)
+  assert int(cache.length) == 10
+  assert relative_error(jnp.concatenate(got, 1), want) < tolerance

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import losses
+from moejax.config import LossConfig
+from moejax.routing import RouterStats, top_k
+
+T, D, V = 13, 8, 17
+KEYS = jax.random.split(jax.random.key(0), 3)
+HIDDEN = jax.random.normal(KEYS[0], (T, D))
+TABLE = jax.random.normal(KEYS[1], (V, D))
+TARGETS = jax.random.randint(KEYS[2], (T,), 0, V)
+MASK = jnp.arange(T) % 4 != 1
+
+
+def plain(hidden, table, z_weight):
+  """Cross entropy and z-loss with all logits at once."""
+  logits = hidden @ table.T
+  lse = jax.nn.logsumexp(logits, -1)
+  xent = jnp.where(MASK, lse - logits[jnp.arange(T), TARGETS], 0).sum()
+  z = jnp.where(MASK, lse**2, 0).sum()
+  return xent + z_weight * z, (xent, z)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 13, 100])
+@pytest.mark.parametrize("z_weight", [0.0, 0.3])
+def test_chunked_loss_equals_the_plain_one(chunk_size, z_weight):
+  def chunked(hidden, table):
+    sums = losses.next_token_sums(
+      hidden, table, TARGETS, MASK, z_weight, chunk_size
+    )
+    return 2.5 * sums.total, sums
+
+  (total, sums), grads = jax.jit(
+    jax.value_and_grad(chunked, (0, 1), has_aux=True)
+  )(HIDDEN, TABLE)
+  (want, (xent, z)), want_grads = jax.value_and_grad(
+    plain, (0, 1), has_aux=True
+  )(HIDDEN, TABLE, z_weight)
+  np.testing.assert_allclose(total, 2.5 * want, 1e-5)
+  np.testing.assert_allclose(sums.xent, xent, 1e-5)
+  np.testing.assert_allclose(sums.z, z, 1e-5)
+  assert sums.tokens == MASK.sum()
+  for got, expected in zip(grads, want_grads, strict=True):
+    assert jnp.abs(got - 2.5 * expected).max() < 1e-5 * jnp.abs(expected).max()
+
+
+def test_full_logits_never_exist():
+  T, V, chunk = 4096, 3000, 128
+  hidden = jax.ShapeDtypeStruct((T, 8), jnp.float32)
+  table = jax.ShapeDtypeStruct((V, 8), jnp.float32)
+  targets = jax.ShapeDtypeStruct((T,), jnp.int32)
+  mask = jax.ShapeDtypeStruct((T,), bool)
+  loss = lambda h, t, y, m: losses.next_token_sums(h, t, y, m, 0.1, chunk).total
+  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(
+    hidden, table, targets, mask
+  ).compile()
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  assert temporaries < 8 * chunk * V * 4 < T * V * 4 / 3
+
+
+def stats_of(logits_BTE, k=2):
+  B, T, E = logits_BTE.shape
+  mask = jnp.ones((B, T), bool)
+  routing = top_k(logits_BTE.reshape(-1, E), mask.reshape(-1), k=k)
+  return jax.tree.map(lambda x: x[None], RouterStats.of(routing, mask))
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_balance_is_one_when_perfect_and_e_when_collapsed(scope):
+  E = 4
+  even = jnp.tile(20.0 * jnp.eye(E), (2, 3, 1))  # each expert in turn
+  assert losses.load_balance(stats_of(even, k=1), scope) == pytest.approx(1)
+  one = jnp.zeros((2, 8, E)).at[..., 1].set(50.0)
+  assert losses.load_balance(stats_of(one, k=1), scope) == pytest.approx(E)
+
+
+def test_balance_against_a_plain_loop():
+  logits = jax.random.normal(jax.random.key(3), (3, 5, 6)) * 2
+  probs = np.asarray(jax.nn.softmax(logits, -1), np.float64)
+  chosen = np.argsort(-probs, -1)[..., :2]
+  per_row = []
+  for b in range(3):
+    share = np.bincount(chosen[b].ravel(), minlength=6) / 10
+    per_row.append(6 * (share * probs[b].mean(0)).sum())
+  share = np.bincount(chosen.ravel(), minlength=6) / 30
+  over_all = 6 * (share * probs.mean((0, 1))).sum()
+  stats = stats_of(logits)
+  np.testing.assert_allclose(
+    losses.load_balance(stats, "sequence"), np.mean(per_row), 1e-5
+  )
+  np.testing.assert_allclose(
+    losses.load_balance(stats, "global"), over_all, 1e-5
+  )
+
+
+def test_balance_gradient_flows_through_probabilities_alone():
+  logits = jax.random.normal(jax.random.key(4), (1, 6, 4))
+  def by_stats(logits):
+    return losses.load_balance(stats_of(logits), "global")
+
+  share = losses.load_shares(stats_of(logits))[0]
+  by_hand = lambda x: 4 * (share * jax.nn.softmax(x, -1).mean((0, 1))).sum()
+  np.testing.assert_allclose(
+    jax.grad(by_stats)(logits), jax.grad(by_hand)(logits), 1e-4, 1e-7
+  )
+
+
+def test_router_z_at_zero_logits():
+  stats = stats_of(jnp.zeros((2, 3, 8)))
+  assert losses.router_z(stats) == pytest.approx(np.log(8) ** 2, rel=1e-5)
+
+
+def test_total_adds_weighted_terms():
+  sums = losses.next_token_sums(HIDDEN, TABLE, TARGETS, MASK, 0.5, 4)
+  stats = stats_of(jax.random.normal(jax.random.key(5), (2, 3, 8)))
+  config = LossConfig(z_loss=0.5, load_balance=0.1, router_z=0.01)
+  total, terms = losses.total_loss(config, sums, stats)
+  want = (
+    terms["loss/xent"] + 0.5 * terms["loss/z"]
+    + 0.1 * terms["loss/balance"] + 0.01 * terms["loss/router_z"]
+  )  # fmt: skip
+  np.testing.assert_allclose(total, want, 1e-6)
+
+
+def test_router_metrics_at_the_extremes():
+  even = jnp.tile(20.0 * jnp.eye(4), (1, 2, 1))
+  metrics = losses.router_metrics(stats_of(even, k=1))
+  assert metrics["router/max_over_mean"] == pytest.approx(1)
+  assert metrics["router/entropy"] < 0.01
+  flat = losses.router_metrics(stats_of(jnp.zeros((1, 8, 4)), k=1))
+  assert flat["router/entropy"] == pytest.approx(1)
+  assert flat["router/max_over_mean"] == pytest.approx(4)  # ties: expert 0
+  assert flat["router/dropped"] == 0
+
+
+def test_a_batch_of_padding_has_a_finite_loss():
+  sums = losses.next_token_sums(
+    HIDDEN, TABLE, TARGETS, jnp.zeros(T, bool), 0.1, 4
+  )
+  total, _ = losses.total_loss(LossConfig(), sums, None)
+  assert total == 0
