@@ -18,11 +18,17 @@ from typing import Any
 
 import jax
 
-from moejax.checkpoint import Checkpointer
+from moejax.checkpoint import Checkpointer, CheckpointReader
 from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, DataError
-from moejax.models import Transformer, build, count, train_flops_per_token
+from moejax.models import (
+  Transformer,
+  build,
+  count,
+  init_params,
+  train_flops_per_token,
+)
 
 PACKAGES = (
   "moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
@@ -55,10 +61,10 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
   """
   config = read_config(workdir)
   model = build(config.model)
-  with open_checkpoints(workdir, config) as checkpoints:
-    if not checkpoints.steps():
-      raise CheckpointError(f"{workdir} has no checkpoint yet")
-    restored = checkpoints.restore_params(abstract_params(model), step)
+  checkpoints = CheckpointReader(checkpoint_folder(workdir))
+  restored = checkpoints.restore_params(
+    {"params": abstract_params(model)}, step
+  )
   tokenizer = load_tokenizer(Path(workdir))
   if restored.meta["tokenizer"] != tokenizer.digest:
     raise CheckpointError(
@@ -66,7 +72,9 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
       f"one step {restored.step} was trained with "
       f"({restored.meta['tokenizer'][:12]}); put that file back"
     )
-  return Run(config, model, restored.state, tokenizer, restored.step)
+  return Run(
+    config, model, restored.state["params"], tokenizer, restored.step
+  )
 
 
 def open_checkpoints(
@@ -80,8 +88,6 @@ def open_checkpoints(
 
 def abstract_params(model: Transformer) -> Any:
   """Shapes, dtypes and (one-device) shardings of the parameters."""
-  from moejax.models import init_params
-
   return on_device(
     jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   )

@@ -32,7 +32,7 @@ from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
 from moejax.optimizer import schedule_values
 from moejax.progress import TrainProgress
-from moejax.runlock import EXIT_PREEMPTED, PreemptionGuard, RunLock
+from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
 from moejax.sampling import Sampling
 from moejax.step import TrainState, init_state, make_train_step
 
@@ -70,7 +70,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
   """Trains to `train.num_steps`, from the newest checkpoint if there is one.
 
   Returns:
-    0 when finished, `EXIT_PREEMPTED` when stopped by SIGTERM or SIGINT after
+    0 when finished, `EXIT_SAVED` when stopped by SIGTERM or SIGINT after
     saving; the same command then goes on.
 
   Raises:
@@ -110,7 +110,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
     _report(workdir)
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")
-    return EXIT_PREEMPTED
+    return EXIT_SAVED
   return 0
 
 
@@ -142,6 +142,7 @@ class Loop:
     self.flops_per_token = train_flops_per_token(
       config.model, config.data.seq_len
     )
+    self.saved_step = self.evaluated_step = -1
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
     self.clock = time.perf_counter()
@@ -160,7 +161,8 @@ class Loop:
       TrainProgress(last, self.step) as self.progress,
     ):
       self.clock = time.perf_counter()
-      while self.step < last and not guard.requested:
+      stop = False
+      while self.step < last and not stop:
         with self._timed("input_wait"):
           batch = next(batches)
         self.state, metrics = train_step(self.state, device_batch(batch))
@@ -168,11 +170,12 @@ class Loop:
         self.step += 1
         self.pending = (self.step, metrics)
         self._after_step()
+        stop = guard.should_stop(self.step)
       self._log_pending()
-      if self.step % config.checkpoint.every or guard.requested:
-        self._save()
-      if self.step == last and not _due(config.eval.every, self.step):
+      if self.step == last and self.evaluated_step != last:
         self._evaluate()
+      if self.saved_step != self.step:
+        self._save()
       self.checkpoints.wait()
     return self.step < last
 
@@ -235,6 +238,9 @@ class Loop:
 
   def _evaluate(self) -> None:
     config = self.config
+    if not config.eval.every:
+      return
+    self.evaluated_step = self.step
     with self._timed("evaluation"):
       values = evaluate(
         config, self.model, self.state.params, self.stores, self.tokenizer
@@ -269,6 +275,7 @@ class Loop:
         "git_commit": runs.git_commit(),
       }
       self.checkpoints.save(self.step, self.state, meta)
+      self.saved_step = self.step
 
   def _timed(self, name: str) -> "_Timer":
     return _Timer(self.times, name)
@@ -382,7 +389,7 @@ def announce(
     f"data: {stores.describe()}; {tokens:,} tokens a batch, "
     f"{config.train.num_steps} steps"
   )
-  for line in describe_backends(model):
+  for line in describe_backends(model, config.data.seq_len):
     print(line)
   if jax.device_count() > 1:
     print(

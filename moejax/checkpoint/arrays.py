@@ -5,12 +5,13 @@ Each top-level key of a state is an item with a folder of its own, so that
 parameters can be read, and their digests checked, without the optimizer's part.
 """
 
+import os
 from typing import Any
 
 import jax
 from etils import epath
 
-from moejax.checkpoint import leaves
+from moejax.checkpoint import leaves, processes
 
 # The name of a leaf that is itself a top-level key.
 ALONE = "value"
@@ -21,31 +22,54 @@ def load_orbax() -> None:
   import orbax.checkpoint  # noqa: F401
 
 
-def start_save(folder: epath.Path, state: Any) -> Any:
-  """Copies the state to the host and starts to write it.
+class Saving:
+  """A state on its way to the disk.
 
-  Returns:
-    An Orbax AsyncCheckpointer: `wait_until_finished()` raises what went wrong,
-    `close()` ends its threads. The state's buffers are free to be donated.
+  Making one copies the state to the host; its buffers are free to be donated.
   """
-  import orbax.checkpoint as ocp
 
-  items = _to_items(state)
-  handlers = {
-    # Trained weights hardly compress: a few percent for twice the CPU time.
-    name: ocp.PyTreeCheckpointHandler(use_compression=False)
-    for name in items
-  }
-  checkpointer = ocp.AsyncCheckpointer(
-    ocp.CompositeCheckpointHandler(**handlers)
-  )
-  args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
-  try:
-    checkpointer.save(folder, ocp.args.Composite(**args))
-  except BaseException:
-    checkpointer.close()
-    raise
-  return checkpointer
+  # Barriers of an Orbax save, after which nothing waits for another process.
+  BARRIERS = 2
+
+  def __init__(self, folder: epath.Path, state: Any):
+    """Starts to write `folder`; raises what Orbax does."""
+    import orbax.checkpoint as ocp
+
+    items = _to_items(state)
+    handlers = {
+      # Trained weights hardly compress: a few percent for twice the CPU time.
+      name: ocp.PyTreeCheckpointHandler(use_compression=False)
+      for name in items
+    }
+    self._passed = 0
+    self._name = os.fspath(folder)
+    self._checkpointer = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(**handlers),
+      async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
+    )
+    args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+    try:
+      self._checkpointer.save(folder, ocp.args.Composite(**args))
+    except BaseException:
+      self._checkpointer.close()
+      raise
+
+  def finish(self) -> BaseException | None:
+    """Waits for the disk; returns what went wrong, on any process."""
+    try:
+      self._checkpointer.wait_until_finished()
+      failure = None
+    except BaseException as e:
+      failure = e
+    # The others wait at barriers that a failed process never gets to.
+    while self._passed < self.BARRIERS:
+      self._barrier(key="", timeout_ms=0)
+    self._checkpointer.close()
+    return failure
+
+  def _barrier(self, *, key: str, timeout_ms: int) -> None:
+    self._passed += 1
+    processes.barrier(f"moejax_arrays_{self._name}_{self._passed}")
 
 
 def restore(folder: epath.Path, abstract: Any) -> Any:

@@ -7,6 +7,10 @@ import numpy as np
 BARRIER_TIMEOUT = 1200  # seconds; as long as Orbax waits
 
 
+def index_and_count() -> tuple[int, int]:
+  return jax.process_index(), jax.process_count()
+
+
 def is_first() -> bool:
   return jax.process_index() == 0
 

@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from moejax.checkpoint import arrays, layout, leaves, processes
@@ -104,7 +103,7 @@ class CheckpointReader:
         stored = {k: v for k, v in stored.items() if leaves.item_of(k) in items}
       # Before the files are read: a misfit needs no minutes of hashing.
       leaves.compare(wanted, stored, f"checkpoint {folder}")
-      part = (jax.process_index(), jax.process_count())
+      part = processes.index_and_count()
       manifest.check(folder, None if whole else items, part)
 
     # A step can vanish between check and read when a run retires it; the run

@@ -53,6 +53,7 @@ class Checkpointer(CheckpointReader):
     self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
     self._thread: threading.Thread | None = None
     self._error: CheckpointError | None = None
+    self._commits = 0
     arrays.load_orbax()
     if not processes.is_first():
       return
@@ -105,13 +106,9 @@ class Checkpointer(CheckpointReader):
         "from that, or use another workdir"
       )
     needed = leaves.num_bytes(state)
-    folder = self._folder(step)
+    self._begin(step, text, needed)
     try:
-      if processes.is_first():
-        self._make_room(step)
-        layout.begin(folder)
-        files.write_text(folder / META, text)
-      saving = arrays.start_save(folder / ARRAYS, state)
+      saving = arrays.Saving(self._folder(step) / ARRAYS, state)
     except Exception as e:
       raise self._failed(step, needed, e) from e
     self._thread = threading.Thread(
@@ -150,30 +147,65 @@ class Checkpointer(CheckpointReader):
         raise
       logger.error("%s", e)  # the error on its way is the one to report
 
+  def _begin(self, step: int, meta: str, needed: int) -> None:
+    """Makes the step's folder with all but the arrays."""
+    failure: Exception | None = None
+    try:
+      if processes.is_first():
+        self._make_room(step)
+        layout.begin(self._folder(step))
+        files.write_text(self._folder(step) / META, meta)
+    except Exception as e:
+      failure = e
+    if not processes.all_true(failure is None):
+      failure = failure or CheckpointError("process 0 could not begin it")
+      raise self._failed(step, needed, failure) from failure
+
   def _finish(
-    self, step: int, saving: Any, table: Mapping[str, leaves.Leaf], needed: int
+    self,
+    step: int,
+    saving: arrays.Saving,
+    table: Mapping[str, leaves.Leaf],
+    needed: int,
   ) -> None:
     """Waits for the arrays, then commits; the background thread's body."""
     try:
-      try:
-        saving.wait_until_finished()
-      finally:
-        saving.close()
-      self._commit(step, table)
+      self._commit(step, table, saving.finish())
     except BaseException as e:
       self._error = self._failed(step, needed, e)
-      return
-    if processes.is_first():
-      self._retire(step)
 
-  def _commit(self, step: int, table: Mapping[str, leaves.Leaf]) -> None:
+  def _commit(
+    self,
+    step: int,
+    table: Mapping[str, leaves.Leaf],
+    failure: BaseException | None,
+  ) -> None:
+    """Digests all files and makes the step exist.
+
+    Each process comes to both barriers, whatever has failed, so that all of
+    them learn of it.
+    """
+    self._commits += 1
     folder = self._folder(step)
-    digests = _all_digests(folder, step)
-    if processes.is_first():
-      layout.commit(folder, Manifest(step, table, digests).to_text())
-    processes.barrier(f"moejax_committed_{step}")
+    if failure is None:
+      try:
+        _digest_share(folder)
+      except Exception as e:
+        failure = e
+    processes.barrier(f"moejax_digests_{self._commits}")
+    if processes.is_first() and failure is None:
+      try:
+        digests = _collect_digests(folder)
+        layout.commit(folder, Manifest(step, table, digests).to_text())
+        self._damaged.pop(step, None)
+        self._retire(step)
+      except Exception as e:
+        failure = e
+    processes.barrier(f"moejax_committed_{self._commits}")
+    if failure is not None:
+      raise failure
     if not self._is_committed(step):
-      raise CheckpointError("process 0 did not commit it")
+      raise CheckpointError("another process could not write its part")
     self._damaged.pop(step, None)
     self._intact.add(step)
 
@@ -221,38 +253,44 @@ class Checkpointer(CheckpointReader):
       for step in sorted((set(good) | damaged) - kept):
         layout.delete(self._folder(step))
         self._damaged.pop(step, None)
-    except OSError as e:
+    except Exception as e:  # the new step is whole all the same
       logger.warning("could not delete an old checkpoint: %s", e)
 
 
-def _all_digests(folder: epath.Path, step: int) -> dict[str, tuple[int, str]]:
-  """Digests of all files of a step, each process reading its share.
+def _digest_share(folder: epath.Path) -> None:
+  """Reads this process's share of a step's files and writes their digests.
+
+  A file, not a message: it works on every store and needs no devices, which
+  train meanwhile. A missing one tells process 0 of a failure.
 
   Raises:
-    OSError: a file could not be read, on whichever process.
+    OSError: a file could not be read, or the result not be written.
   """
-  import jax
-
-  index, count = jax.process_index(), jax.process_count()
-  own = [UNFINISHED, *(DIGESTS.format(i) for i in range(count))]
+  index, count = processes.index_and_count()
+  own = (UNFINISHED, *(DIGESTS.format(i) for i in range(count)))
   names = [name for name in files.list_files(folder) if name not in own]
   digests = files.digest_files(folder, names[index::count], sync=True)
-  digests = {
-    name: str(entry) if isinstance(entry, OSError) else entry
-    for name, entry in digests.items()
-  }
-  if count > 1:
-    # A file, not a message: it works on every store and needs no devices,
-    # which train meanwhile.
-    files.write_text(folder / DIGESTS.format(index), json.dumps(digests))
-    processes.barrier(f"moejax_digests_{step}")
-    if index == 0:
-      for i in range(count):
-        digests |= json.loads((folder / DIGESTS.format(i)).read_text())
-        files.remove(folder / DIGESTS.format(i))
-  for name, entry in digests.items():
-    if isinstance(entry, str):
-      raise OSError(f"{name}: {entry}")
+  for entry in digests.values():
+    if isinstance(entry, OSError):
+      raise entry
+  files.write_text(folder / DIGESTS.format(index), json.dumps(digests))
+
+
+def _collect_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
+  """All processes' digests.
+
+  Raises:
+    CheckpointError: a process has written none.
+  """
+  _, count = processes.index_and_count()
+  digests = {}
+  for i in range(count):
+    path = folder / DIGESTS.format(i)
+    try:
+      digests |= json.loads(path.read_text())
+    except FileNotFoundError:
+      raise CheckpointError(f"process {i} could not write its part") from None
+    files.remove(path)
   return {name: tuple(entry) for name, entry in digests.items()}
 
 

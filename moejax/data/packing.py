@@ -147,24 +147,29 @@ def pack(documents: Iterable[np.ndarray], packer: Packer) -> Iterator[Row]:
   yield from packer.flush()
 
 
-def model_inputs(row: Row) -> dict[str, np.ndarray]:
-  """What the model reads of a row, each [T].
+def model_inputs(
+  tokens: np.ndarray, segment_ids: np.ndarray
+) -> dict[str, np.ndarray]:
+  """What the model reads of rows.
+
+  Args:
+    tokens, segment_ids: [..., T+1], the slots of rows.
 
   Returns:
-    tokens, targets, segment_ids and positions (int32; positions count from 0
-    within each piece), and loss_mask (bool; False where the next slot is
-    padding or another piece).
+    arrays [..., T]: tokens, targets, segment_ids and positions (int32;
+    positions count from 0 within each piece), and loss_mask (bool; False where
+    the next slot is padding or another piece).
   """
-  segment_ids = row.segment_ids.astype(np.int32)
-  tokens = row.tokens.astype(np.int32)
-  slots = np.arange(len(segment_ids), dtype=np.int32)
-  starts = np.zeros_like(slots)
-  starts[1:] = np.where(segment_ids[1:] != segment_ids[:-1], slots[1:], 0)
-  positions = slots - np.maximum.accumulate(starts)
+  tokens = tokens.astype(np.int32)
+  segment_ids = segment_ids.astype(np.int32)
+  here, there = segment_ids[..., :-1], segment_ids[..., 1:]
+  slots = np.arange(segment_ids.shape[-1] - 1, dtype=np.int32)
+  starts = np.zeros_like(here)
+  starts[..., 1:] = np.where(here[..., 1:] != here[..., :-1], slots[1:], 0)
   return {
-    "tokens": tokens[:-1],
-    "targets": tokens[1:],
-    "segment_ids": segment_ids[:-1],
-    "positions": positions[:-1],
-    "loss_mask": (segment_ids[:-1] == segment_ids[1:]) & (segment_ids[:-1] > 0),
+    "tokens": tokens[..., :-1],
+    "targets": tokens[..., 1:],
+    "segment_ids": here,
+    "positions": slots - np.maximum.accumulate(starts, axis=-1),
+    "loss_mask": (here == there) & (here > 0),
   }

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moejax.config import ModelConfig
 from moejax.models.layers import rms_norm, rope, scale, weight
 from moejax.models.rows import KVCache, LayerCache, Rows
-from moejax.ops.attention import attention
+from moejax.ops.attention import attention, choose_backend
 
 Array = jax.Array
 
@@ -21,6 +21,7 @@ class Attention(nn.Module):
   """
 
   config: ModelConfig
+  platform: str
   backend: str
 
   @nn.compact
@@ -64,11 +65,15 @@ class Attention(nn.Module):
       v_BSKH = jax.lax.dynamic_update_slice(cache.v_BSKH, v_BTKH, at)
       segments_BS, positions_BS = keys.segment_ids_BS, keys.positions_BS
       cache = LayerCache(k_BSKH, v_BSKH)
+    backend, _ = choose_backend(
+      self.platform, self.backend, seq_len=k_BSKH.shape[1], head_dim=H,
+      dtype=dtype,
+    )  # fmt: skip
     y_BTNH = attention(
       q_BTNH, k_BSKH, v_BSKH,
       query_segments_BT=rows.segment_ids_BT, key_segments_BS=segments_BS,
       query_positions_BT=rows.positions_BT, key_positions_BS=positions_BS,
-      backend=self.backend,
+      backend=backend,
     )  # fmt: skip
     y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, w_o.astype(dtype))
     return y_BTD, cache

@@ -18,8 +18,16 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Backends:
-  """How the same maths is computed here: chosen once, by platform."""
+  """How the same maths is computed here: chosen once, by platform.
 
+  Attributes:
+    platform: cpu, gpu or tpu.
+    dispatch: moves tokens to experts.
+    matmul: name of the grouped matmul back end.
+    attention: name of the attention back end, or auto: by the row length.
+  """
+
+  platform: str
   dispatch: Dispatch
   matmul: str
   attention: str
@@ -45,7 +53,7 @@ class Block(nn.Module):
     cfg = self.config
     normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BTD)
     attended, cache = Attention(
-      cfg, self.backends.attention, name="attention"
+      cfg, self.backends.platform, self.backends.attention, name="attention"
     )(normed, rows, keys, cache)
     x_BTD += attended
     normed = RMSNorm(cfg.norm_eps, name="ffn_norm")(x_BTD)

@@ -112,10 +112,21 @@ def build(config: ModelConfig, platform: str | None = None) -> Transformer:
   """The model with the back ends of `platform` (default: JAX's own)."""
   platform = platform or jax.default_backend()
   matmul, _ = matmul_ops.choose_backend(platform, config.moe.matmul)
-  attention, _ = attention_ops.choose_backend(platform, config.attention)
+  dispatch = DISPATCHES[config.moe.dispatch]
   return Transformer(
-    config, Backends(DISPATCHES[config.moe.dispatch], matmul, attention)
+    config, Backends(platform, dispatch, matmul, config.attention)
   )
+
+
+def describe_backends(model: Transformer, seq_len: int) -> list[str]:
+  """One line for each thing that is computed differently by platform."""
+  cfg, backends = model.config, model.backends
+  _, matmul = matmul_ops.choose_backend(backends.platform, backends.matmul)
+  _, attention = attention_ops.choose_backend(
+    backends.platform, backends.attention, seq_len=seq_len,
+    head_dim=cfg.head_dim, dtype=jnp.dtype(cfg.dtype),
+  )  # fmt: skip
+  return [f"grouped matmul: {matmul}", f"attention: {attention}"]
 
 
 def init_params(model: Transformer, key: Array) -> Any:

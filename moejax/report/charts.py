@@ -13,7 +13,7 @@ from moejax.report.style import LIGHT
 
 SMALL = (348, 216)
 HERO = (740, 486)
-FULL = (1110, 300)
+FULL = (1146, 300)
 
 
 @dataclasses.dataclass(frozen=True)

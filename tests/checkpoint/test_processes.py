@@ -14,7 +14,7 @@ from moejax.checkpoint import CheckpointReader, state_digest
 from moejax.errors import CheckpointError
 
 WORKER = """
-import os, pathlib, signal, sys, time
+import os, pathlib, resource, signal, sys, time
 index, port, folder = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
 import jax
 jax.distributed.initialize(f"localhost:{port}", 2, index,
@@ -22,6 +22,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, index,
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from moejax.checkpoint import Checkpointer, state_digest
+from moejax.errors import CheckpointError
 from moejax.runlock import PreemptionGuard
 
 mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
@@ -52,6 +53,23 @@ with Checkpointer(folder, every=1, keep_last=2) as ckpt:
   restored = ckpt.restore(abstract)
   assert restored.step == 2
   assert state_digest(restored.state) == restored.meta["digest"]
+
+  # A disk that is full for one process only: both learn of it, and go on.
+  if index == 1:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+  ckpt.save(3, make(3), {})
+  start = time.monotonic()
+  try:
+    ckpt.wait()
+    raise AssertionError("the failed save was not reported")
+  except CheckpointError as e:
+    expected = ["could not write its part", "File too large"][index]
+    assert expected in str(e), e
+    assert time.monotonic() - start < 60
+  if index == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+  assert ckpt.latest() == 2
   ckpt.save(3, make(3), {"digest": state_digest(make(3))})
 
 # Only one process gets the signal; both stop after the same step.
