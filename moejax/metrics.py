@@ -70,7 +70,7 @@ class RunLog:
     self._files: dict[str, _LineFile] = {}
     self._events: event_file.EventFile | None = None
     self._warned = False
-    self._last = {name: resume_step if resume_step else -1 for name in FILES}
+    self._last = dict.fromkeys(FILES, resume_step if resume_step else -1)
     with self._survive_disk():
       self._workdir.mkdir(parents=True, exist_ok=True)
     for name in FILES:

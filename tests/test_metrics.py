@@ -178,7 +178,7 @@ def test_reader_leaves_out_damaged_lines(tmp_path, caplog):
   path.write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 3}\n{"step": 4')
   assert [row["step"] for row in read_jsonl(path)] == [1, 3]
   assert "line 2 is damaged" in caplog.text
-  with pytest.raises(DataError, match="cannot read .*none.jsonl"):
+  with pytest.raises(DataError, match=r"cannot read .*none\.jsonl"):
     read_jsonl(tmp_path / "none.jsonl")
 
 

@@ -3,6 +3,7 @@
 
 import fcntl
 import io
+import itertools
 import os
 import pty
 import re
@@ -178,17 +179,18 @@ def test_plain_lines_come_at_growing_intervals(clock):
         times.setdefault(int(re.search(r"step +(\d+)/", line)[1]), step)
   shown = [int(m) for m in re.findall(r"step +(\d+)/10000", out.getvalue())]
   assert shown[:4] == [1, 2, 3, 8] and shown[-1] == 500
-  gaps = [b - a for a, b in zip(shown[3:-1], shown[4:-1], strict=False)]
+  gaps = [b - a for a, b in itertools.pairwise(shown[3:-1])]
   assert gaps == sorted(gaps) and gaps[0] <= 7 and gaps[-1] == 30
   assert all(step == when for step, when in times.items())
 
 
 def test_last_step_is_shown_even_after_an_error(clock):
   out = io.StringIO()
-  with pytest.raises(KeyboardInterrupt), TrainProgress(100, 0, out) as p:
-    for step in range(1, 8):
-      p.update(step, loss=float("nan"), tokens_per_second=float("nan"))
-    raise KeyboardInterrupt
+  p = TrainProgress(100, 0, out)
+  p.__enter__()
+  for step in range(1, 8):
+    p.update(step, loss=float("nan"), tokens_per_second=float("nan"))
+  p.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
   assert out.getvalue().splitlines()[-1] == "step   7/100  loss nan"
 
 
@@ -223,7 +225,8 @@ def test_update_is_cheap():
 @pytest.mark.parametrize(
   "number, text",
   [(0, "0"), (999, "999"), (1234567, "1.23M"), (999.9e3, "1M"), (1000, "1k"),
-   (6.92e9, "6.92G"), (5.13e12, "5.13T"), (0.25, "0.25"), (float("nan"), "nan")],
+   (6.92e9, "6.92G"), (5.13e12, "5.13T"), (0.25, "0.25"),
+   (float("nan"), "nan")],
 )  # fmt: skip
 def test_counts_have_three_digits(number, text):
   assert format_count(number) == text

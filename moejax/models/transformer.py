@@ -121,12 +121,12 @@ def build(config: ModelConfig, platform: str | None = None) -> Transformer:
 def describe_backends(model: Transformer, seq_len: int) -> list[str]:
   """One line for each thing that is computed differently by platform."""
   cfg, backends = model.config, model.backends
-  _, matmul = matmul_ops.choose_backend(backends.platform, backends.matmul)
-  _, attention = attention_ops.choose_backend(
+  _, matmul = matmul_ops.choose_backend(backends.platform, cfg.moe.matmul)
+  name, reason = attention_ops.choose_backend(
     backends.platform, backends.attention, seq_len=seq_len,
     head_dim=cfg.head_dim, dtype=jnp.dtype(cfg.dtype),
   )  # fmt: skip
-  return [f"grouped matmul: {matmul}", f"attention: {attention}"]
+  return [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
 
 
 def init_params(model: Transformer, key: Array) -> Any:

@@ -25,7 +25,9 @@ def main(argv: list[str]) -> int:
     "file, opens offline and on a telephone; its pictures lie beside it as "
     "PNG files, overview.png among them. Works while the run goes on.",
   )
-  parser.add_argument("workdir", nargs="+", metavar="RUN", help="a run's folder")
+  parser.add_argument(
+    "workdir", nargs="+", metavar="RUN", help="a run's folder"
+  )
   parser.add_argument(
     "--output", metavar="DIR",
     help="where to write index.html and the PNG files (default: RUN/report)",
@@ -81,13 +83,14 @@ def make_charts(run: RunData) -> dict[str, list[Chart]]:
 
   training = [
     curves.loss_chart(run), curves.learning_rate_chart(run),
-    curves.gradient_chart(run), curves.throughput_chart(run),
-    curves.time_chart(run),
+    curves.gradient_chart(run), curves.recent_chart(run),
+    curves.throughput_chart(run), curves.time_chart(run),
   ]  # fmt: skip
   routing = [
-    loads.load_map_chart(run), loads.final_load_chart(run),
-    loads.busiest_chart(run), loads.entropy_chart(run),
-    loads.balance_chart(run), loads.router_z_chart(run),
+    loads.load_map_chart(run), loads.spread_chart(run),
+    loads.final_load_chart(run), loads.busiest_chart(run),
+    loads.entropy_chart(run), loads.balance_chart(run),
+    loads.router_z_chart(run),
   ]  # fmt: skip
   drawn = {
     "loss/xent", "learning_rate", "grad_norm", "tokens", "router/entropy",

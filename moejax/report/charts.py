@@ -12,8 +12,8 @@ from moejax.report.series import finite, smooth, thin
 from moejax.report.style import LIGHT
 
 SMALL = (348, 216)
-HERO = (740, 486)
-FULL = (1146, 300)
+HERO = (740, 528)
+FULL = 1146
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +42,17 @@ def step_axes(figure: Any, run_steps: int, unit: str = "") -> Any:
   from matplotlib.ticker import FuncFormatter, MaxNLocator
 
   ax = figure.subplots()
-  ax.set_xlim(0 if run_steps > 1 else 0.5, max(run_steps, 1.5))
+  ax.set_xlim(0, run_steps)
   ax.set_xlabel("step", labelpad=2)
-  ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+  if run_steps < 6:  # the locator would use fractions of a step
+    ax.set_xlim(0.5, run_steps + 0.5)
+    ax.set_xticks(range(1, run_steps + 1))
+  else:
+    ax.xaxis.set_major_locator(
+      MaxNLocator(6, steps=[1, 2, 5, 10], integer=True)
+    )
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_count(x)))
-  ax.yaxis.set_major_locator(MaxNLocator(5))
+  ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
   if unit:
     head_axis(ax, unit)
   return ax
@@ -64,13 +70,15 @@ def head_axis(ax: Any, unit: str, right: bool = False) -> None:
 def draw_noisy(
   ax: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str,
   reduce: Callable = np.mean,
-) -> tuple[np.ndarray, np.ndarray]:
-  """Raw values faint, their running mean strong; returns the latter."""  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+  """Raw values faint, their running mean strong; returns the latter."""
   xs, ys = smooth(x, y, reduce)
   if len(xs) == 1:
     ax.plot(xs, ys, "o", color=LIGHT[colour], label=label, clip_on=False)
     return xs, ys
-  ax.plot(*thin(x, y), color=LIGHT[colour], alpha=0.28, linewidth=0.8)
+  raw_x, raw_y = thin(x, y)
+  alpha = 0.4 if len(raw_x) < 400 else 0.25
+  ax.plot(raw_x, raw_y, color=LIGHT[colour], alpha=alpha, linewidth=0.8)
   ax.plot(xs, ys, color=LIGHT[colour], linewidth=2.0, label=label)
   return xs, ys
 
@@ -85,6 +93,8 @@ def reference_line(
     xycoords=("axes fraction", "data"), textcoords="offset points",
     ha="left" if left else "right", va="top" if below else "bottom",
     color=LIGHT["soft"], fontsize=10,
+    bbox={"facecolor": LIGHT["card"], "edgecolor": "none", "pad": 0.8,
+          "alpha": 0.85},
   )  # fmt: skip
 
 
@@ -97,15 +107,34 @@ def legend(ax: Any, columns: int = 3) -> None:
   )  # fmt: skip
 
 
+def log_axis(ax: Any) -> None:
+  """Log scale with plain numbers, in 1-2-5 steps where decades are few."""
+  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+  ax.set_yscale("log")
+  low, high = ax.get_ylim()
+  subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
+  if high / low < 4:
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+  ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+  ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+  ax.yaxis.set_minor_formatter(NullFormatter())
+
+
 def number(value: float) -> str:
   """Three significant digits as a person writes them: 0.003, 4.5e-5."""
-  text = f"{value:.3g}"
-  mantissa, e, exponent = text.partition("e")
-  return f"{mantissa}e{int(exponent)}" if e else text
+  if value and abs(value) < 1e-3:
+    mantissa, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def percent(share: float) -> str:
-  return f"{100 * share:.2g} %" if share < 0.095 else f"{100 * share:.0f} %"
+  """0.034 as `3.4 %`; a non-breaking space keeps sign and number together."""
+  if 0 < share < 0.001:
+    return "< 0.1\u00a0%"
+  text = f"{100 * share:.2g}" if share < 0.095 else f"{100 * share:.0f}"
+  return f"{text}\u00a0%"
 
 
 def last_mean(x: np.ndarray, y: np.ndarray) -> float:

@@ -7,8 +7,17 @@ import numpy as np
 
 from moejax.progress import format_count, format_seconds
 from moejax.report.charts import (
-  HERO, Chart, draw_noisy, first_value, head_axis, last_mean, legend, number,
-  percent, reference_line, step_axes,
+  HERO,
+  Chart,
+  draw_noisy,
+  first_value,
+  last_mean,
+  legend,
+  log_axis,
+  number,
+  percent,
+  reference_line,
+  step_axes,
 )  # fmt: skip
 from moejax.report.rundata import RunData
 from moejax.report.series import finite, smooth
@@ -57,6 +66,50 @@ def loss_chart(run: RunData) -> Chart | None:
     "(faint) and running mean" + (", held-out text (dots)" if validated else "")
     + ". Right axis: perplexity.", draw, HERO, (348, 262),
   )  # fmt: skip
+
+
+def recent_chart(run: RunData) -> Chart | None:
+  """The loss of the last half, at a scale that shows if it still falls."""
+  if "loss/xent" not in run.metrics or len(run.metrics) < 20:
+    return None
+  last = run.metrics.steps >= run.last_step / 2
+  steps, loss = finite(
+    run.metrics.steps[last], run.metrics["loss/xent"][last]
+  )
+  if len(loss) < 10:
+    return None
+  x, y = smooth(steps, loss)
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, run.last_step)
+    draw_noisy(ax, steps, loss, "blue", "training")
+    values = [y]
+    if "validation/xent" in run.evaluations:
+      recent = run.evaluations.steps >= steps[0]
+      at, held_out = finite(
+        run.evaluations.steps[recent],
+        run.evaluations["validation/xent"][recent],
+      )
+      values.append(held_out)
+      ax.plot(at, held_out, "-o", color=LIGHT["orange"], markersize=5.5,
+              markeredgecolor=LIGHT["card"], label="validation", linewidth=1.4,
+              clip_on=False, zorder=3)  # fmt: skip
+    known = np.concatenate(values)
+    margin = max(0.25 * np.ptp(known), 1e-3)
+    ax.set_ylim(known.min() - margin, known.max() + margin)
+    ax.set_xlim(steps[0], steps[-1])
+    legend(ax)
+
+  # Means of thirds of what is shown: less noisy than single ends of the curve.
+  third = len(loss) // 3
+  change = loss[-third:].mean() - loss[:third].mean()
+  noise = np.std(loss - np.interp(steps, x, y)) * np.sqrt(2 / third)
+  word = "fell" if change < 0 else "rose"
+  title = f"In the last half the loss {word} by {abs(change):.2g} nats"
+  if abs(change) < 2 * noise:
+    title = "The loss is flat over the last half"
+  note = "As above, steps of the last half only."
+  return Chart("loss_recent", title, note, draw)
 
 
 def _loss_title(run: RunData) -> str:
@@ -117,6 +170,8 @@ def learning_rate_chart(run: RunData) -> Chart | None:
   steps, rates = run.metrics.steps, run.metrics["learning_rate"]
 
   def draw(figure: Any, narrow: bool) -> None:
+    from matplotlib.ticker import FuncFormatter
+
     ax = step_axes(figure, max(run.num_steps, run.last_step))
     if planned is not None:
       x = np.arange(1, len(planned) + 1)
@@ -131,10 +186,10 @@ def learning_rate_chart(run: RunData) -> Chart | None:
     ax.plot(steps[-1:], rates[-1:], "o", color=LIGHT["blue"], clip_on=False,
             markeredgecolor=LIGHT["card"], markersize=8, zorder=4)  # fmt: skip
     ax.set_ylim(bottom=0)
-    ax.yaxis.get_major_formatter().set_powerlimits((-3, 4))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
     legend(ax)
 
-  note = "Learning rate of each step: the whole plan, and the part done."
+  note = "By step: the whole plan, and the part done."
   return Chart("learning_rate", _rate_title(run), note, draw)
 
 
@@ -143,14 +198,13 @@ def _rate_title(run: RunData) -> str:
   if run.config is None:
     return f"Learning rate {number(now)} at step {run.last_step:,}"
   optimizer = run.config.optimizer
-  warmup, decay = optimizer.schedule.lengths(run.num_steps)
+  _, decay = optimizer.schedule.lengths(run.num_steps)
   peak = number(optimizer.learning_rate)
-  parts = [f"{warmup:,} steps of warm-up to {peak}" if warmup else f"from {peak}"]
   if decay:
-    parts.append(f"decay over the last {decay:,}")
-  elif optimizer.schedule.name != "wsd":
-    parts.append(f"then {optimizer.schedule.name} decay")
-  return "Learning rate: " + ", ".join(parts)
+    return f"Learning rate {peak}, decaying over the last {decay:,} steps"
+  if optimizer.schedule.name != "wsd":
+    return f"Learning rate {peak}, then {optimizer.schedule.name} decay"
+  return f"Learning rate {peak} to the end"
 
 
 def gradient_chart(run: RunData) -> Chart | None:
@@ -169,27 +223,14 @@ def gradient_chart(run: RunData) -> Chart | None:
     if clip:
       reference_line(ax, clip, f"clipped above {number(clip)}")
 
-  x, y = finite(steps, norm)
-  title = "No finite gradient norm" if not len(y) else (
-    f"Gradient norm {number(np.median(y[-max(5, len(y) // 50):]))}"
-    + (f"; clipped in {percent((y > clip).mean())} of steps" if clip else "")
-  )  # fmt: skip
-  note = "Global norm before clipping: every step (faint), running median."
+  _, y = finite(steps, norm)
+  title = "No finite gradient norm"
+  if len(y):
+    title = f"Gradient norm {number(np.median(y[-max(5, len(y) // 30) :]))}"
+    if clip:
+      title += f"; clipped in {percent((y > clip).mean())} of steps"
+  note = "Before clipping: every step (faint), running median."
   return Chart("gradient_norm", title, note, draw)
-
-
-def log_axis(ax: Any) -> None:
-  """Log scale with plain numbers, in 1-2-5 steps where decades are few."""
-  from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-  ax.set_yscale("log")
-  low, high = ax.get_ylim()
-  subs = (1.0,) if high / low > 300 else (1.0, 2.0, 5.0)
-  if high / low < 4:
-    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-  ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
-  ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
-  ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def median_rate(run: RunData, key: str) -> float | None:
@@ -227,7 +268,7 @@ def throughput_chart(run: RunData) -> Chart | None:
     title += f", {percent(mfu)} of the hardware's peak"
   elif flops is not None:
     title += f", {format_count(flops)}FLOP/s of model"
-  note = "Target tokens per second of training time: each step, running median."
+  note = "Target tokens per second: each step, running median."
   return Chart("throughput", title, note, draw)
 
 
@@ -280,8 +321,10 @@ def time_chart(run: RunData) -> Chart | None:
     ax.set_axis_off()
 
   share = split["training steps"] / total
-  title = f"{percent(share)} of {format_seconds(total)} went into training steps"
-  note = "Seconds that the training process spent, without pauses between."
+  title = (
+    f"{percent(share)} of {format_seconds(total)} went into training steps"
+  )
+  note = "Of the training process, without pauses between."
   return Chart("time", title, note, draw)
 
 

@@ -43,26 +43,26 @@ def _train_tile(run: RunData) -> Tile:
   if key not in run.metrics:
     return Tile("training loss", "–")
   value = last_mean(run.metrics.steps, run.metrics[key])
-  return Tile("training loss", f"{value:.3f}", "nats per token, running mean")
+  return Tile("training loss", f"{value:.3f}", "nats per token")
 
 
 def _evaluation_tiles(run: RunData) -> list[Tile]:
   found = []
-  for key, label, detail in (
-    ("validation/xent", "validation loss", "nats per token"),
-    ("validation/bits_per_byte", "bits per byte", "validation"),
+  for key, label in (
+    ("validation/xent", "validation loss"),
+    ("validation/bits_per_byte", "bits per byte"),
   ):
     if key in run.evaluations:
       x, y = finite(run.evaluations.steps, run.evaluations[key])
       if len(y):
-        found.append(Tile(label, f"{y[-1]:.3f}", f"{detail}, step {x[-1]:,}"))
+        found.append(Tile(label, f"{y[-1]:.3f}", f"at step {x[-1]:,}"))
   return found
 
 
 def _size_tile(run: RunData) -> Tile:
   total = run.record["num_params"]
   active = run.record["num_active_params"]
-  detail = f"{format_count(active)} active per token"
+  detail = f"{format_count(active)} active"
   return Tile("parameters", format_count(total), detail)
 
 
@@ -74,7 +74,7 @@ def _speed_tiles(run: RunData) -> list[Tile]:
   mfu = median_rate(run, "mfu")
   flops = median_rate(run, "model_flops_per_second")
   if mfu is not None:
-    found.append(Tile("MFU", percent(mfu), "model FLOP/s ÷ hardware peak"))
+    found.append(Tile("MFU", percent(mfu), "of peak FLOP/s"))
   elif flops is not None:
     found.append(Tile("model FLOP/s", format_count(flops), "median"))
   if "seconds" in run.timing:
@@ -90,7 +90,8 @@ def status(run: RunData) -> tuple[str, str]:
   if bad is not None:
     return "diverged", f"{where}; the loss is not finite from step {bad} on"
   if run.last_step >= run.num_steps:
-    return "finished", f"{run.num_steps:,} steps"
+    plural = "" if run.num_steps == 1 else "s"
+    return "finished", f"{run.num_steps:,} step{plural}"
   return "not finished", f"{where} when this page was written"
 
 

@@ -7,13 +7,21 @@ import numpy as np
 
 from moejax.progress import format_count
 from moejax.report.charts import (
-  FULL, SMALL, Chart, draw_noisy, first_value, last_mean, number, percent,
-  reference_line, step_axes,
+  FULL,
+  Chart,
+  draw_noisy,
+  first_value,
+  last_mean,
+  legend,
+  log_axis,
+  number,
+  percent,
+  reference_line,
+  step_axes,
 )  # fmt: skip
-from moejax.report.curves import log_axis
 from moejax.report.rundata import RunData
 from moejax.report.series import bin_loads, finite
-from moejax.report.style import LIGHT, load_colour_map
+from moejax.report.style import LIGHT, MARK, load_colour_map
 
 MAX_PANELS = 16
 MAX_COLUMNS = 240
@@ -35,8 +43,7 @@ def load_map_chart(run: RunData) -> Chart | None:
   _, L, E = run.loads.shape
   edges, loads = bin_loads(run.load_steps, run.loads * E, MAX_COLUMNS)
   layers = shown_layers(L)
-  # The start of a run is uneven: scale by what most of the picture holds.
-  scale = min(SCALES, key=lambda s: abs(s - np.nanquantile(loads, 0.99)))
+  scale = _colour_scale(loads)
 
   def draw(figure: Any, narrow: bool) -> None:
     columns = min(2 if narrow else 4, len(layers))
@@ -47,7 +54,7 @@ def load_map_chart(run: RunData) -> Chart | None:
       ax.set_axis_off()
     for ax, layer in zip(axes.flat, layers):
       image = _draw_panel(ax, edges, loads[:, layer], scale)
-      ax.set_title(f"layer {run.moe_layers[layer]}", loc="left", pad=3,
+      ax.set_title(f"layer {run.moe_layers[layer]}", loc="left", pad=4,
                    color=LIGHT["soft"], fontsize=10.5)  # fmt: skip
     for ax in axes[:, 0]:
       ax.set_ylabel("expert", labelpad=2)
@@ -56,19 +63,28 @@ def load_map_chart(run: RunData) -> Chart | None:
       lowest = axes.flat[used[-1]]
       lowest.set_xlabel("step", labelpad=2)
       lowest.xaxis.set_tick_params(labelbottom=True)
-    _colour_bar(figure, image, axes, scale, narrow)
+    # A fraction of the panels' height, so that it is the same in pixels.
+    _colour_bar(figure, image, axes, scale, narrow, 12 / (rows * (panel + 26)))
 
-  rows, narrow_rows = -(-len(layers) // 4), -(-len(layers) // 2)
-  panel = 92 if E <= 32 else 108
-  size = (FULL[0], 96 + rows * (panel + (70 if rows == 1 else 30)))
+  wide_rows, narrow_rows = -(-len(layers) // 4), -(-len(layers) // 2)
+  panel = 92 if E <= 32 else 112
+  size = (FULL, 100 + wide_rows * (panel + (70 if wide_rows == 1 else 30)))
   narrow_size = (348, 110 + narrow_rows * (panel + 26))
   note = (
     "Each expert's share of its layer's assignments over the fair share 1/"
-    f"{E}, by step."
+    f"{E}, by step. The last record is of step {run.load_steps[-1]:,}."
   )
   if len(layers) < L:
     note += f" {len(layers)} of {L} layers; all are in router_load.jsonl."
   return Chart("expert_load", _load_title(run), note, draw, size, narrow_size)
+
+
+def _colour_scale(loads: np.ndarray) -> float:
+  """The smallest of SCALES that holds nearly all of the picture."""
+  powers = np.abs(np.log2(np.maximum(loads, 1 / SCALES[-1])))
+  reach = np.nanquantile(powers, 0.97)
+  fitting = [scale for scale in SCALES if np.log2(scale) >= reach]
+  return fitting[0] if fitting else SCALES[-1]
 
 
 def _load_title(run: RunData) -> str:
@@ -102,26 +118,31 @@ def _draw_panel(
   )  # fmt: skip
   ax.grid(False)
   ax.spines["bottom"].set_visible(False)
-  ax.set_yticks([0, E - 1] if E < 16 else [0, E // 2, E - 1])
-  ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+  # No tick at the top of a long scale: it would touch the panel above.
+  ax.set_yticks([0, E - 1] if E < 16 else [0, E // 2])
+  if len(load_NE) == 1:
+    ax.set_xticks([edges.mean()])
+  else:
+    ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_count(x)))
   return image
 
 
 def _colour_bar(
-  figure: Any, image: Any, axes: Any, scale: float, narrow: bool
+  figure: Any, image: Any, axes: Any, scale: float, narrow: bool, pad: float
 ) -> None:
   limit = int(np.log2(scale))
   bar = figure.colorbar(
     image, ax=axes, location="top", extend="both", aspect=34 if narrow else 60,
-    shrink=1.0 if narrow else 0.5, anchor=(0.0, 0.5), pad=0.03, extendfrac=0.04,
+    shrink=1.0 if narrow else 0.5, anchor=(0.0, 0.5), pad=pad, extendfrac=0.04,
   )  # fmt: skip
   ticks = np.arange(-limit, limit + 1)
   names = [_ratio(t) for t in ticks]
   bar.set_ticks(ticks, labels=names)
   bar.ax.tick_params(length=0, pad=2)
   bar.outline.set_visible(False)
-  bar.ax.axvline(0, color=LIGHT["ink"], linewidth=1.2)
+  # Dark in both schemes: the bar under it is light in both.
+  bar.ax.axvline(0, color=MARK, linewidth=1.4)
   bar.ax.set_xlabel(
     "load ÷ fair share (1 = perfectly balanced)", labelpad=5, fontsize=10.5
   )
@@ -150,19 +171,55 @@ def final_load_chart(run: RunData) -> Chart | None:
       alpha=0.75 if E <= 16 else 0.35, markersize=5.5 if E <= 16 else 4,
       markeredgewidth=0,
     )  # fmt: skip
-    ax.set_xticks(x[:: max(1, L // 8)],
-                  [run.moe_layers[i] for i in x[:: max(1, L // 8)]])  # fmt: skip
+    named = x[:: max(1, L // 8)]
+    ax.set_xticks(named, [run.moe_layers[i] for i in named])
     ax.set(xlim=(-0.6, L - 0.4), xlabel="layer")
     ax.set_ylim(0, max(1.15, 1.08 * load_LE.max()))
     reference_line(ax, 1.0, "fair share")
 
   worst = int(load_LE.max(1).argmax())
   title = (
-    f"Least even: layer {run.moe_layers[worst]}, busiest expert at "
-    f"{load_LE[worst].max():.2f}×"
+    f"At the end, one expert of layer {run.moe_layers[worst]} carries "
+    f"{load_LE[worst].max():.2f}× its share"
   )
-  note = f"Load ÷ fair share of each expert (dot) at step {run.load_steps[-1]:,}."
+  note = (
+    f"Load ÷ fair share of each expert (dot) at step {run.load_steps[-1]:,}."
+  )
   return Chart("final_load", title, note, draw)
+
+
+def spread_chart(run: RunData) -> Chart | None:
+  """How the loads of all experts spread, over steps."""
+  if not len(run.loads):
+    return None
+  S, L, E = run.loads.shape
+  keep = np.unique(np.linspace(0, S - 1, min(S, MAX_COLUMNS)).astype(int))
+  steps, loads = run.load_steps[keep], run.loads[keep].reshape(-1, L * E) * E
+  low, tenth, middle, ninth, high = np.nanquantile(
+    loads, [0.0, 0.1, 0.5, 0.9, 1.0], axis=1
+  )
+
+  def draw(figure: Any, narrow: bool) -> None:
+    ax = step_axes(figure, run.last_step)
+    style = {"color": LIGHT["blue"], "linewidth": 0}
+    if S == 1:
+      ax.vlines(steps, low, high, color=LIGHT["blue"], alpha=0.4, linewidth=4)
+      ax.plot(steps, middle, "o", color=LIGHT["blue"], label="median")
+    else:
+      ax.fill_between(steps, low, high, alpha=0.15, label="all", **style)
+      ax.fill_between(steps, tenth, ninth, alpha=0.35, label="middle 80 %",
+                      **style)  # fmt: skip
+      ax.plot(steps, middle, color=LIGHT["blue"], label="median")
+    # The uneven first steps may leave the picture; the map above shows them.
+    ax.set_ylim(0, max(1.5, 1.5 * np.median(high)))
+    legend(ax)
+
+  title = (
+    f"The middle 80 % of experts carry {tenth[-1]:.2f} to {ninth[-1]:.2f}× "
+    "their share"
+  )
+  note = "Load ÷ fair share, over all experts of all layers."
+  return Chart("load_spread", title, note, draw)
 
 
 def entropy_chart(run: RunData) -> Chart | None:
@@ -194,12 +251,17 @@ def busiest_chart(run: RunData) -> Chart | None:
 
   def draw(figure: Any, narrow: bool) -> None:
     ax = step_axes(figure, run.last_step)
-    draw_noisy(ax, steps, np.where(values > 0, values, np.nan), "orange", "load")
+    draw_noisy(
+      ax, steps, np.where(values > 0, values, np.nan), "orange", "load"
+    )
     _, y = finite(steps, values)
     if len(y) and y.max() > 6:
       log_axis(ax)
-    ax.set_ylim(bottom=0.9)
-    reference_line(ax, 1.0, "perfectly even")
+    high = ax.get_ylim()[1]
+    # Room for the label under the line: curves end on it, not below.
+    bottom = 0.8 if ax.get_yscale() == "log" else 1 - 0.14 * (high - 1)
+    ax.set_ylim(bottom, high)
+    reference_line(ax, 1.0, "perfectly even", below=True)
 
   title = (
     f"Busiest expert at {number(last_mean(steps, values))}× its fair share"
@@ -222,8 +284,9 @@ def balance_chart(run: RunData) -> Chart | None:
     draw_noisy(ax, steps, values, "purple", "balance")
     _, y = finite(steps, values)
     low = min(1.0, y.min(initial=1.0))
-    ax.set_ylim(low - 0.06 * (max(y.max(initial=1.1), 1.02) - low))
-    reference_line(ax, 1.0, "perfect balance", below=False)
+    high = max(y.max(initial=1.0), low + 0.02)
+    ax.set_ylim(low - 0.14 * (high - low), high + 0.03 * (high - low))
+    reference_line(ax, 1.0, "perfect balance", below=True)
 
   title = f"Balancing loss {number(last_mean(steps, values))}; 1 is perfect"
   note = "E · Σ share × mean probability, unweighted, mean over layers."
@@ -244,4 +307,4 @@ def router_z_chart(run: RunData) -> Chart | None:
 
   title = f"Router z-loss {number(last_mean(steps, values))}"
   note = "Mean squared logsumexp of the router's logits, unweighted."
-  return Chart("router_z", title, note, draw, SMALL)
+  return Chart("router_z", title, note, draw)

@@ -5,7 +5,7 @@ import html
 import unicodedata
 
 from moejax.report import headline
-from moejax.report.charts import HERO, Chart
+from moejax.report.charts import HERO, Chart, percent
 from moejax.report.rundata import RunData
 from moejax.report.sheet import style_sheet
 from moejax.report.style import new_figure, plot_style, to_svg
@@ -23,7 +23,9 @@ def render(run: RunData, sections: dict[str, list[Chart]]) -> str:
     sections: charts by the heading they stand under; empty ones are left out.
   """
   word, sentence = headline.status(run)
-  facts = "".join(f"<span>{escape(fact)}</span>" for fact in headline.facts(run))
+  facts = "".join(
+    f"<span>{escape(fact)}</span>" for fact in headline.facts(run)
+  )
   body = [
     f'<div class="head"><h1>{escape(run.name)}</h1>'
     f'<span class="status {word.replace(" ", "-")}">{word}</span></div>',
@@ -33,9 +35,10 @@ def render(run: RunData, sections: dict[str, list[Chart]]) -> str:
   for heading, charts in sections.items():
     if charts:
       body.append(f"<h2>{escape(heading)}</h2>" if heading else "")
+      body.append(_dropped_note(run) if heading == "Routing" else "")
       cards = "".join(_card(chart) for chart in charts)
       body.append(f'<div class="cards">{cards}</div>')
-  body += [_routing_note(run), _samples(run), _details(run)]
+  body += [_samples(run), _details(run)]
   title = f"{run.name}: {word}"
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -54,7 +57,7 @@ def escape(text: str) -> str:
 
 
 def visible(text: str) -> str:
-  """Control and direction-changing characters as `␛` or `⟨202e⟩`.
+  """Control and direction-changing characters as `⟨1b⟩` or `⟨202e⟩`.
 
   A model may write anything; none of it may hide or reorder other text.
   """
@@ -64,7 +67,7 @@ def visible(text: str) -> str:
 def _visible(c: str) -> str:
   if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf"):
     return c
-  return chr(0x2400 + ord(c)) if ord(c) < 0x20 else f"⟨{ord(c):04x}⟩"
+  return f"⟨{ord(c):02x}⟩"
 
 
 def _tiles(run: RunData) -> str:
@@ -74,7 +77,8 @@ def _tiles(run: RunData) -> str:
     f'<div class="detail">{escape(tile.detail)}</div></div>'
     for tile in headline.tiles(run)
   ]
-  return f'<div class="tiles">{"".join(cells)}</div>'
+  columns = f"--tiles: {len(cells)}"
+  return f'<div class="tiles" style="{columns}">{"".join(cells)}</div>'
 
 
 def _card(chart: Chart) -> str:
@@ -100,14 +104,19 @@ def _svg(chart: Chart, narrow: bool) -> str:
     return to_svg(figure, name, f"{chart.title}. {chart.note}")
 
 
-def _routing_note(run: RunData) -> str:
-  """Says what the pictures cannot: nothing dropped, or that much."""
+def _dropped_note(run: RunData) -> str:
+  """Nothing dropped, or how much: what a curve at zero would hide."""
   if "router/dropped" not in run.metrics:
     return ""
   dropped = run.metrics["router/dropped"]
-  if (dropped == 0).all():
-    return '<p class="empty">No assignment was dropped in any step.</p>'
-  return ""
+  steps = int((dropped > 0).sum())
+  text = "No assignment was dropped in any step."
+  if steps:
+    text = (
+      f"Assignments were dropped in {steps:,} steps, {percent(dropped.max())} "
+      "of them at most."
+    )
+  return f'<p class="lead">{text}</p>'
 
 
 def _samples(run: RunData) -> str:
@@ -143,7 +152,7 @@ def _details(run: RunData) -> str:
   options = headline.options(run)
   changed = sum(row[3] for row in options)
   rows = "".join(
-    f'<tr{" class=changed" if is_changed else ""}><td><code>{escape(path)}'
+    f"<tr{' class=changed' if is_changed else ''}><td><code>{escape(path)}"
     f'</code></td><td><code class="value">{escape(value)}</code></td>'
     f'<td class="doc">{escape(doc)}</td></tr>'
     for path, value, doc, is_changed in options
@@ -163,14 +172,20 @@ def _details(run: RunData) -> str:
 
 def _evaluations(run: RunData) -> str:
   table = run.evaluations
-  keys = ("validation/xent", "validation/perplexity", "validation/bits_per_byte")
+  keys = (
+    "validation/xent",
+    "validation/perplexity",
+    "validation/bits_per_byte",
+  )
   known = [key for key in keys if key in table]
   if not known:
     return ""
   cells = "".join(f'<th class="number">{escape(key)}</th>' for key in known)
   rows = f'<tr><th class="number">step</th>{cells}</tr>'
   for i in range(len(table))[::-1][:MAX_EVALUATIONS]:
-    cells = "".join(f'<td class="number">{table[key][i]:.4f}</td>' for key in known)
+    cells = "".join(
+      f'<td class="number">{table[key][i]:.4f}</td>' for key in known
+    )
     rows += f'<tr><td class="number">{table.steps[i]:,}</td>{cells}</tr>'
   count = f"{len(table)}" if len(table) != 1 else "one"
   return _table("Evaluations", f"{count}, newest first", rows)

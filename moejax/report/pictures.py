@@ -11,95 +11,92 @@ from moejax.report.rundata import RunData
 from moejax.report.style import LIGHT, PIXELS_PER_INCH, new_figure, plot_style
 
 RESOLUTION = 2  # PNG pixels per CSS pixel
-MARGIN = 16
+MARGIN = 20
+OVERVIEW_WIDTH = 1180
+TILES_HEIGHT = 122
+ROW_HEIGHT = 570
+# What stands beside the loss, the first two of these that the run has.
+BESIDE_LOSS = (
+  "learning_rate", "throughput", "load_spread", "gradient_norm", "time"
+)  # fmt: skip
 
 
 def save_png(chart: Chart, path: Path) -> None:
   """Writes one chart with its title and note above it."""
   width, height = chart.size
-  header = _header_height(chart, width)
+  total = height + _header_height(chart, width) + MARGIN
   with plot_style():
-    figure = new_figure(width + 2 * MARGIN, height + header + 2 * MARGIN)
-    _draw_card(figure, chart, header, width)
+    figure = new_figure(width + 2 * MARGIN, total)
+    _draw_card(figure, chart)
     _save(figure, path)
 
 
 def save_overview(run: RunData, charts: list[Chart], path: Path) -> None:
-  """Headline numbers and the main charts in one picture, for a README.
-
-  Args:
-    run: the run.
-    charts: up to three small ones for the lower row, after the loss and, last,
-      the expert load, as far as they exist.
-    path: the PNG.
-  """
+  """Headline numbers, loss, two small charts and expert loads, for a README."""
   by_name = {chart.name: chart for chart in charts}
-  top = [by_name[n] for n in ("loss",) if n in by_name]
-  small = [
-    by_name[n]
-    for n in ("learning_rate", "throughput", "balance_loss", "busiest_expert",
-              "gradient_norm", "time")
-    if n in by_name
-  ]  # fmt: skip
-  side, bottom = small[:2], [by_name[n] for n in ("expert_load",) if n in by_name]
-  width, tile_height, row = 1180, 118, 560
-  load_height = 0
-  if bottom:
-    load_height = bottom[0].size[1] + _header_height(bottom[0], 1140) + 24
-  height = tile_height + row + load_height + 16
+  heights = [TILES_HEIGHT, ROW_HEIGHT]
+  load_map = by_name["expert_load"] if "expert_load" in by_name else None
+  if load_map is not None:
+    heights.append(load_map.size[1] + _header_height(load_map, 1140) + MARGIN)
   with plot_style():
-    figure = new_figure(width, height)
-    parts = figure.subfigures(
-      2 + len(bottom), 1, height_ratios=[tile_height, row, *[load_height] * len(bottom)]
-    )
+    figure = new_figure(OVERVIEW_WIDTH, sum(heights))
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_tiles(parts[0], run)
-    left, right = parts[1].subfigures(1, 2, width_ratios=[2.05, 1])
-    if top:
-      _draw_card(left, top[0], 62, 760)
-    for part, chart in zip(right.subfigures(2, 1), side):
-      _draw_card(part, chart, 66, 340)
-    if bottom:
-      _draw_card(parts[2], bottom[0], 60, 1140)
+    left, right = parts[1].subfigures(1, 2, width_ratios=[2, 1])
+    if "loss" in by_name:
+      _draw_card(left, by_name["loss"])
+    beside = [by_name[name] for name in BESIDE_LOSS if name in by_name][:2]
+    for part, chart in zip(right.subfigures(2, 1), beside):
+      _draw_card(part, chart)
+    if load_map is not None:
+      _draw_card(parts[2], load_map)
     _save(figure, path)
 
 
-def _draw_card(figure: Any, chart: Chart, header: int, width: int) -> None:
+def _draw_card(figure: Any, chart: Chart) -> None:
+  """Title, note and picture with a margin all round."""
+  width = figure.bbox.width / figure.dpi * PIXELS_PER_INCH
   height = figure.bbox.height / figure.dpi * PIXELS_PER_INCH
-  head, body = figure.subfigures(2, 1, height_ratios=[header, height - header])
-  inset = MARGIN / (width + 2 * MARGIN)
-  title, note = _wrap(chart, width)
-  head.text(inset, 1.0 - 10 / header, title, ha="left", va="top", fontsize=13.5,
-            fontweight="bold", linespacing=1.2)  # fmt: skip
+  inner = width - 2 * MARGIN
+  header = _header_height(chart, inner)
+  rows = figure.subfigures(
+    3, 1, height_ratios=[header, height - header - MARGIN, MARGIN]
+  )
+  title, note = _wrap(chart, inner)
+  left = MARGIN / width
   lines = title.count("\n") + 1
-  head.text(inset, 1.0 - (12 + 18 * lines) / header, note, ha="left", va="top",
-            fontsize=10.5, color=LIGHT["soft"], linespacing=1.3)  # fmt: skip
+  rows[0].text(left, 1 - 14 / header, title, ha="left", va="top",
+               fontsize=13.5, fontweight="bold", linespacing=1.2)  # fmt: skip
+  rows[0].text(left, 1 - (17 + 18 * lines) / header, note, ha="left", va="top",
+               fontsize=10.5, color=LIGHT["soft"], linespacing=1.3)  # fmt: skip
+  _, body, _ = rows[1].subfigures(1, 3, width_ratios=[MARGIN, inner, MARGIN])
   chart.draw(body, False)
 
 
-def _wrap(chart: Chart, width: int) -> tuple[str, str]:
+def _wrap(chart: Chart, width: float) -> tuple[str, str]:
   # Mean widths of a character of the two font sizes, in pixels.
-  title = textwrap.fill(chart.title, max(20, int(width / 7.6)))
+  title = textwrap.fill(chart.title, max(20, int(width / 7.1)))
   return title, textwrap.fill(chart.note, max(20, int(width / 5.3)))
 
 
-def _header_height(chart: Chart, width: int) -> int:
+def _header_height(chart: Chart, width: float) -> int:
   title, note = _wrap(chart, width)
-  return 18 + 18 * (title.count("\n") + 1) + 15 * (note.count("\n") + 1)
+  return 26 + 18 * (title.count("\n") + 1) + 15 * (note.count("\n") + 1)
 
 
 def _draw_tiles(figure: Any, run: RunData) -> None:
   word, sentence = headline.status(run)
-  inset = MARGIN / 1180
-  figure.text(inset, 0.93, run.name, ha="left", va="top", fontsize=20,
+  left = MARGIN / OVERVIEW_WIDTH
+  figure.text(left, 0.86, run.name, ha="left", va="top", fontsize=20,
               fontweight="bold")  # fmt: skip
-  figure.text(1 - inset, 0.9, " · ".join([f"{word}: {sentence}"]), ha="right",
-              va="top", fontsize=11, color=LIGHT["soft"])  # fmt: skip
+  figure.text(1 - left, 0.82, f"{word}: {sentence}", ha="right", va="top",
+              fontsize=11, color=LIGHT["soft"])  # fmt: skip
   tiles = headline.tiles(run)
   for i, tile in enumerate(tiles):
-    x = inset + i * (1 - 2 * inset) / len(tiles)
-    figure.text(x, 0.52, tile.label, ha="left", va="top", fontsize=10.5,
+    x = left + i * (1 - 2 * left) / len(tiles)
+    figure.text(x, 0.46, tile.label, ha="left", va="top", fontsize=10.5,
                 color=LIGHT["soft"])  # fmt: skip
-    figure.text(x, 0.36, tile.value, ha="left", va="top", fontsize=19,
+    figure.text(x, 0.31, tile.value, ha="left", va="top", fontsize=19,
                 fontweight="bold")  # fmt: skip
 
 

@@ -17,20 +17,18 @@ def finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def smooth(
   x: np.ndarray, y: np.ndarray, reduce: Callable = np.mean
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Mean (or `reduce`) over windows of a fiftieth of the run, 5 points at least.
+  """Mean (or `reduce`) over a thirtieth of the run around, at least 5 points.
 
   Windows are centred, because a trailing mean shows every turn too late. At the
   start, where loss curves are steep, they shrink to both sides alike; at the
   end only their far side does.
   """
   x, y = finite(x, y)
-  half = max(5, len(y) // 50) // 2
+  half = max(5, len(y) // 30) // 2
   centres = np.unique(
     np.linspace(0, max(0, len(y) - 1), min(len(y), MAX_POINTS // 2)).astype(int)
   )
-  means = [
-    reduce(y[max(0, c - half) : c + min(c, half) + 1]) for c in centres
-  ]
+  means = [reduce(y[max(0, c - half) : c + min(c, half) + 1]) for c in centres]
   return x[centres], np.array(means, float)
 
 
@@ -62,14 +60,18 @@ def bin_loads(
 
   Returns:
     Edges of the columns in steps, [N + 1], and loads [N, L, E]: the mean of the
-    records in a column, or the record before it if there is none.
+    records in a column, or the record nearest to it if there is none.
   """
-  count = max(1, min(most, len(steps)))
-  first, last = steps[0], max(steps[-1], steps[0] + 1)
-  edges = np.linspace(first, last, count + 1)
+  if len(steps) == 1:
+    return np.array([steps[0] - 0.5, steps[0] + 0.5]), loads_SLE.copy()
+  count = int(min(most, steps[-1] - steps[0] + 1))
+  edges = np.linspace(steps[0], steps[-1], count + 1)
   column = np.clip(np.searchsorted(edges, steps, "right") - 1, 0, count - 1)
   out = np.empty((count, *loads_SLE.shape[1:]))
   for n in range(count):
-    inside = loads_SLE[column == n]
-    out[n] = inside.mean(0) if len(inside) else out[n - 1]
+    inside = column == n
+    if not inside.any():
+      centre = (edges[n] + edges[n + 1]) / 2
+      inside = [np.abs(steps - centre).argmin()]
+    out[n] = loads_SLE[inside].mean(0)
   return edges, out

@@ -17,8 +17,10 @@ def style_sheet() -> str:
 
 SHEET = """
 :root {
-  --font: Inter, "Helvetica Neue", Helvetica, Arial, "Liberation Sans", sans-serif;
-  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
+  --font: Inter, "Helvetica Neue", Helvetica, Arial, "Liberation Sans",
+    sans-serif;
+  --mono: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
+    monospace;
 }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
@@ -38,15 +40,16 @@ h3 { font-size: 15px; line-height: 1.35; margin: 0; font-weight: 650;
 .facts { color: var(--soft); margin: 6px 0 0; }
 .facts span:not(:last-child)::after { content: " · "; }
 .tiles { display: grid; gap: 1px; margin: 24px 0 18px; overflow: hidden;
-  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr));
+  grid-template-columns: repeat(var(--tiles), 1fr);
   background: var(--grid); border: 1px solid var(--grid); border-radius: 12px; }
-.tile { background: var(--card); padding: 14px 16px 13px; }
+.tile { background: var(--card); padding: 14px 14px 13px 16px; min-width: 0; }
 .tile .label { color: var(--soft); font-size: 13px; }
-.tile .value { font-size: 25px; line-height: 1.25; font-weight: 600;
+.tile .value { font-size: 24px; line-height: 1.25; font-weight: 600;
   letter-spacing: -0.02em; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .tile .detail { color: var(--soft); font-size: 12px; line-height: 1.35; }
-.cards { display: grid; gap: 18px; grid-template-columns: repeat(3, 1fr); }
+.cards { display: grid; gap: 18px;
+  grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .card { background: var(--card); border: 1px solid var(--grid);
   border-radius: 12px; padding: 15px 16px 10px; margin: 0; min-width: 0;
   display: flex; flex-direction: column; }
@@ -72,19 +75,23 @@ td.number, th.number { text-align: right;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 code { font: 12.5px/1.5 var(--mono); overflow-wrap: anywhere; }
 td.doc { color: var(--soft); }
+td code { white-space: nowrap; }
+td code.value { white-space: normal; display: inline-block;
+  min-width: 110px; }
 tr.changed code.value { color: var(--blue); font-weight: 700; }
 .sample { padding: 4px 16px 12px; }
+.card > .sample { padding: 0 0 6px; }
 .sample .step { color: var(--soft); font-size: 12.5px; }
 pre { font: 13px/1.5 var(--mono); margin: 4px 0 0; padding: 12px 14px;
   background: var(--page); border-radius: 8px; white-space: pre-wrap;
   overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 420px;
   overflow-y: auto; }
 pre .prompt { color: var(--soft); }
-pre .control { color: var(--orange); }
-.empty { color: var(--soft); margin: 0; }
+.lead { color: var(--soft); margin: -8px 0 14px; }
 footer { color: var(--soft); font-size: 12.5px; margin-top: 40px; }
 @media (max-width: 1000px) {
-  .cards { grid-template-columns: repeat(2, 1fr); }
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .tiles { grid-template-columns: repeat(4, 1fr); }
   .hero { grid-row: auto; }
 }
 @media (max-width: 700px) {
@@ -100,6 +107,7 @@ footer { color: var(--soft); font-size: 12.5px; margin-top: 40px; }
   .tile .value { font-size: 22px; }
   .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
   td.doc { display: none; }
+  td code { white-space: normal; }
 }
 @media print {
   body { background: none; }

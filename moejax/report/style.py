@@ -36,6 +36,8 @@ DARK = {
   "purple": "#dd94c8",
   "faint": "#4b5565",
 }
+# On the colour map, whose middle is light in both schemes.
+MARK = "#10151d"
 # Under fair share, fair, over: blue and orange differ in every colour vision.
 LOAD_COLOURS = (
   "#08306b", "#2171b5", "#9ecae1", "#f2f2ee", "#fdbe85", "#e6550d", "#7f2704"
@@ -136,7 +138,7 @@ def to_svg(figure: Any, name: str, label: str) -> str:
   text = text.replace('href="#', f'href="#{name}-')
   for role, colour in LIGHT.items():
     text = text.replace(colour, f"var(--{role})")
-  text = re.sub(r"font: ([^;\"']*px) [^;\"]*", r"font: \1 var(--font)", text)
+  text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
   label = html.escape(label, quote=True)
   view = re.search(r'viewBox="[^"]*"', text)[0]
   opening = f'<svg xmlns="http://www.w3.org/2000/svg" {view} role="img" '

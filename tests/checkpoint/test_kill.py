@@ -42,8 +42,10 @@ with Checkpointer(folder, every=1, keep_last=1) as ckpt:
       if kill_at == "while deleting":
         remove = files.remove
         def remove_one_and_die(path):
-          remove(path / "params" if path.name == "arrays" else path)
-          die()
+          if path.name == "arrays":
+            remove(path / "params")
+            die()
+          remove(path)
         files.remove = remove_one_and_die
     ckpt.save(step, s, {"step": step, "digest": state_digest(s)})
     print(step, flush=True)
@@ -81,7 +83,7 @@ def assert_newest_is_whole(folder, at_least: int) -> int:
 
 def test_killed_at_random_moments(tmp_path):
   rng = random.Random(0)
-  folders = [tmp_path / str(i) for i in range(3)]
+  folders = [tmp_path / str(i) for i in range(2)]
   writers = [start(folder, "", 10**6) for folder in folders]
   try:
     for writer, folder in zip(writers, folders):

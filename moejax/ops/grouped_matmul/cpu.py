@@ -5,6 +5,7 @@ Three custom calls, whose handlers are Python functions that hand addresses to
 scipy's BLAS (`cpu_blas`) on XLA's threads (`cpu_ffi`). float32 inside; other
 types are converted around the call.
 """
+import atexit
 import ctypes
 import functools
 import os
@@ -51,9 +52,24 @@ def unavailable() -> str | None:
     for name, function in _HANDLERS.items():
       jax.ffi.register_ffi_target(
           name, jax.ffi.pycapsule(function), platform="cpu")
+    atexit.register(_finish_programs, os.getpid())
   except Exception as e:  # pylint: disable=broad-except
     return f"scipy's BLAS cannot be called ({type(e).__name__}: {e})"
   return None
+
+
+def _finish_programs(pid: int) -> None:
+  """Waits for programs that were started and never waited for.
+
+  Their calls need the interpreter: once it shuts down they could neither run
+  nor return, and the process would hang instead of exiting.
+  """
+  if os.getpid() != pid:
+    return  # a forked child has none of XLA's threads
+  jax.block_until_ready(jax.live_arrays("cpu"))
+  for device in jax.local_devices(backend="cpu"):
+    # Runs after what this thread has started, also if its results are gone.
+    jax.block_until_ready(jax.device_put(1.0, device) + 1.0)
 
 
 def _call(name, shape, x, y, group_sizes_E, dtype):

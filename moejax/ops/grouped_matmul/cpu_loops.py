@@ -8,7 +8,7 @@ its group is put right by the next one, and no masks are needed.
 import jax
 import jax.numpy as jnp
 
-_TILES = (8, 32, 64, 128, 256)  # rows; the last one is for the bulk
+_TILES = (8, 32, 128)  # rows; the last one is for the bulk
 
 
 def gmm(lhs_AD, rhs_EDF, group_sizes_E):
@@ -84,7 +84,12 @@ def _walk(start, size, visit, carry):
       0, count, lambda i, c: visit(c, start + i * bulk, bulk, False), carry)
   rest = size - count * bulk
   row = start + count * bulk
-  classes = [lambda c: c] + [
-      lambda c, t=t: visit(c, row, t, True) for t in _TILES]
-  index = jnp.searchsorted(jnp.array((0, *_TILES)), rest)
-  return jax.lax.switch(index, classes, carry)
+  smaller = 0
+  for tile in _TILES:
+    # A loop of one turn or none: `lax.cond` would copy what is carried.
+    turns = (smaller < rest) & (rest <= tile)
+    carry = jax.lax.fori_loop(
+        0, turns.astype(jnp.int32),
+        lambda _, c, tile=tile: visit(c, row, tile, True), carry)
+    smaller = tile
+  return carry
