@@ -5,6 +5,7 @@ import json
 import logging
 import operator
 import os
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any, Self
@@ -213,19 +214,18 @@ class Checkpointer(CheckpointReader):
     self, step: int, needed: int, cause: BaseException
   ) -> CheckpointError:
     """Removes what there is of the step; returns the error to raise."""
-    free = files.free_bytes(self.directory)
-    space = "" if free is None else f", {_size(free)} free on its disk"
-    # Library messages name hundreds of internals after the first lines.
-    reason = " ".join(str(cause).split())[:400]
-    message = (
-      f"saving step {step} to {self.directory} failed: it needs about "
-      f"{_size(needed)}{space}; {type(cause).__name__}: {reason}"
-    )
+    leftovers = ""
     if processes.is_first():
       try:
         layout.delete(self._folder(step))
       except OSError as e:
-        message += f"; the unfinished folder could not be removed: {e}"
+        leftovers = f"; its unfinished folder could not be removed: {e}"
+    free = files.free_bytes(self.directory)
+    space = "" if free is None else f", {_size(free)} are free on its disk"
+    message = (
+      f"saving step {step} to {self.directory} failed: {_reason(cause)}; it "
+      f"needs about {_size(needed)}{space}{leftovers}"
+    )
     error = CheckpointError(message)
     error.__cause__ = cause
     return error
@@ -300,6 +300,15 @@ def _to_json(meta: Mapping[str, Any]) -> str:
   except (TypeError, ValueError) as e:
     raise CheckpointError(f"the checkpoint's meta is not JSON: {e}") from e
   return text + "\n"
+
+
+def _reason(error: BaseException) -> str:
+  """What a person needs of it; TensorStore's texts run to pages."""
+  text = " ".join(str(error).split())
+  system = re.search(r"os_error_code='(\d+)'", text)
+  if system:
+    return os.strerror(int(system[1]))
+  return f"{type(error).__name__}: {text[:400]}"
 
 
 def _size(n: int) -> str:

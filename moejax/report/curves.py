@@ -46,7 +46,7 @@ def loss_chart(run: RunData) -> Chart | None:
     _, ys = draw_noisy(ax, steps, loss, "blue", "training")
     values = [ys]
     if validated:
-      x, y = finite(evals.steps, evals["validation/xent"])
+      x, y = _validation(run, 0, run.last_step)
       values.append(y)
       ax.plot(
         x, y, "-o", color=LIGHT["orange"], label="validation", clip_on=False,
@@ -73,9 +73,7 @@ def recent_chart(run: RunData) -> Chart | None:
   if "loss/xent" not in run.metrics or len(run.metrics) < 20:
     return None
   last = run.metrics.steps >= run.last_step / 2
-  steps, loss = finite(
-    run.metrics.steps[last], run.metrics["loss/xent"][last]
-  )
+  steps, loss = finite(run.metrics.steps[last], run.metrics["loss/xent"][last])
   if len(loss) < 10:
     return None
   x, y = smooth(steps, loss)
@@ -85,11 +83,7 @@ def recent_chart(run: RunData) -> Chart | None:
     draw_noisy(ax, steps, loss, "blue", "training")
     values = [y]
     if "validation/xent" in run.evaluations:
-      recent = run.evaluations.steps >= steps[0]
-      at, held_out = finite(
-        run.evaluations.steps[recent],
-        run.evaluations["validation/xent"][recent],
-      )
+      at, held_out = _validation(run, steps[0], steps[-1])
       values.append(held_out)
       ax.plot(at, held_out, "-o", color=LIGHT["orange"], markersize=5.5,
               markeredgecolor=LIGHT["card"], label="validation", linewidth=1.4,
@@ -128,6 +122,15 @@ def _loss_title(run: RunData) -> str:
   return f"Training loss {moved} in {run.last_step:,} steps"
 
 
+def _validation(
+  run: RunData, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Validation loss at steps first..last: dots are not clipped to the axes."""
+  x, y = finite(run.evaluations.steps, run.evaluations["validation/xent"])
+  inside = (x >= first) & (x <= last)
+  return x[inside], y[inside]
+
+
 def _moved(before: float, after: float) -> str:
   verb = "fell" if after < before else "rose"
   return f"{verb} from {before:.2f} to {after:.3f}"
@@ -144,6 +147,8 @@ def _perplexity_axis(ax: Any, narrow: bool) -> None:
     apart = not ticks or height - np.log(ticks[-1]) > 0.1 * (high - low)
     if low <= height <= high and apart:
       ticks.append(tick)
+  if len(ticks) < 2:
+    return
   right = ax.twinx()
   right.set_ylim(low, high)
   right.grid(False)

@@ -216,5 +216,5 @@ def test_an_intact_step_that_cannot_be_read_is_not_passed_over(
     raise MemoryError("no room for the arrays")
 
   monkeypatch.setattr(arrays, "restore", fail)
-  with pytest.raises(CheckpointError, match="intact but .*no room"):
+  with pytest.raises(CheckpointError, match=r"intact but .*no room"):
     CheckpointReader(folder).restore(abstract())

@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import re
 import resource
 import subprocess
 import time
@@ -61,6 +62,11 @@ def error_of_next_check(ckpt) -> str:
   raise AssertionError("the failed save was never reported")
 
 
+def save_and_wait(ckpt, step: int):
+  ckpt.save(step, state_of(step, 0.1), {})
+  ckpt.wait()
+
+
 def test_full_disk(small_disk):
   folder = small_disk / "checkpoints"
   with Checkpointer(folder, every=1, keep_last=2) as ckpt:
@@ -68,8 +74,11 @@ def test_full_disk(small_disk):
     ckpt.wait()
     ckpt.save(2, state_of(2, 20.0), {})
     message = error_of_next_check(ckpt)
-    assert "saving step 2" in message and "needs about 21.0 MB" in message
-    assert "MB free on its disk" in message
+    assert "saving step 2" in message and "No space left" in message
+    assert "it needs about 21.0 MB" in message
+    # What the failed save itself took is free again.
+    (free,) = re.findall(r"([\d.]+) MB are free on its disk", message)
+    assert 2 < float(free) < 4.2
     ckpt.check()  # told once
     assert ckpt.latest() == 1 and os.listdir(folder) == ["1"]
     restored = ckpt.restore(abstract(1.0))
@@ -84,7 +93,7 @@ def test_file_size_limit_and_report_by_the_next_save(tmp_path):
     ckpt.wait()
     with file_size_limit(MB):
       ckpt.save(2, state_of(2, 3.0), {})
-      with pytest.raises(CheckpointError, match="saving step 2 .* failed"):
+      with pytest.raises(CheckpointError, match=r"saving step 2 .* failed"):
         ckpt.save(3, state_of(3, 0.2), {})
     assert ckpt.latest() == 1 and os.listdir(tmp_path) == ["1"]
     ckpt.save(3, state_of(3, 3.0), {})
@@ -105,8 +114,7 @@ def test_failure_around_the_arrays(tmp_path, monkeypatch, where):
     with monkeypatch.context() as m:
       m.setattr(layout, where, full)
       with pytest.raises(CheckpointError, match="No space left"):
-        ckpt.save(2, state_of(2, 0.1), {})
-        ckpt.wait()
+        save_and_wait(ckpt, 2)
     assert os.listdir(tmp_path) == ["1"]
     ckpt.save(2, state_of(2, 0.1), {})
   assert CheckpointReader(tmp_path).steps() == [1, 2]
@@ -124,6 +132,12 @@ def test_workdir_deleted_under_the_run(tmp_path):
   assert CheckpointReader(folder).steps() == [2]
 
 
+def fail_while_saving(folder):
+  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+    ckpt.save(1, state_of(1, 3.0), {})
+    raise ZeroDivisionError
+
+
 def test_leaving_the_context_reports_a_failure(tmp_path, caplog):
   with file_size_limit(MB):
     with pytest.raises(CheckpointError, match="saving step 1"):
@@ -131,9 +145,7 @@ def test_leaving_the_context_reports_a_failure(tmp_path, caplog):
         ckpt.save(1, state_of(1, 3.0), {})
     # An error on its way is not hidden by it.
     with pytest.raises(ZeroDivisionError):
-      with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
-        ckpt.save(1, state_of(1, 3.0), {})
-        raise ZeroDivisionError
+      fail_while_saving(tmp_path)
   assert "saving step 1" in caplog.text
 
 
@@ -151,3 +163,31 @@ def test_an_old_step_that_cannot_be_deleted_is_a_warning(
     ckpt.save(2, state_of(2, 0.1), {})
   assert "could not delete an old checkpoint" in caplog.text
   assert CheckpointReader(tmp_path).latest() == 2
+
+
+def test_everything_is_on_the_disk_before_the_step_exists(
+  tmp_path, monkeypatch
+):
+  from moejax.checkpoint import files
+
+  synced, at_commit = set(), []
+  fsync, rename = os.fsync, files.rename
+
+  def record_fsync(fd):
+    synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+    fsync(fd)
+
+  def record_rename(source, target):
+    at_commit.append(set(synced))
+    rename(source, target)
+
+  monkeypatch.setattr(os, "fsync", record_fsync)
+  monkeypatch.setattr(files, "rename", record_rename)
+  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+    ckpt.save(1, state_of(1, 0.1), {})
+  (before_commit,) = at_commit
+  for path in (tmp_path / "1").rglob("*"):
+    if path.name != "manifest.json":
+      assert str(path) in before_commit
+  assert str(tmp_path / "1/manifest.json.tmp") in before_commit
+  assert str(tmp_path) in synced and str(tmp_path / "1") in synced

@@ -55,20 +55,19 @@ with Checkpointer(folder, every=1, keep_last=2) as ckpt:
   assert state_digest(restored.state) == restored.meta["digest"]
 
   # A disk that is full for one process only: both learn of it, and go on.
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   if index == 1:
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limit[1]))
   ckpt.save(3, make(3), {})
-  start = time.monotonic()
+  start, message = time.monotonic(), ""
   try:
     ckpt.wait()
-    raise AssertionError("the failed save was not reported")
   except CheckpointError as e:
-    assert "saving step 3" in str(e), e
-    assert index == 0 or "File too large" in str(e), e
-    assert time.monotonic() - start < 60
-  if index == 1:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    message = str(e)
+  resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert "saving step 3" in message, message
+  assert index == 0 or "File too large" in message, message
+  assert time.monotonic() - start < 60
   assert ckpt.latest() == 2
   ckpt.save(3, make(3), {"digest": state_digest(make(3))})
 
@@ -90,8 +89,9 @@ def free_port() -> int:
     return s.getsockname()[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop_signal", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+  "stop_signal", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)]
+)
 def test_two_processes(tmp_path, stop_signal):
   port = free_port()
   logs = [tmp_path.parent / f"{tmp_path.name}.{i}.log" for i in range(2)]
@@ -108,7 +108,7 @@ def test_two_processes(tmp_path, stop_signal):
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
           )
         )  # fmt: skip
-    codes = [worker.wait(timeout=180) for worker in workers]
+    codes = [worker.wait(timeout=100) for worker in workers]
   finally:
     for worker in workers:
       worker.kill()
@@ -126,12 +126,16 @@ def test_two_processes(tmp_path, stop_signal):
   reader = CheckpointReader(tmp_path)
   assert reader.steps() == [2, 3]
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  restored = reader.restore({
-    "params": {
-      "w": jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=device)
-    },
-    "opt_state": {"count": jax.ShapeDtypeStruct((), "int32", sharding=device)},
-  })
+  restored = reader.restore(
+    {
+      "params": {
+        "w": jax.ShapeDtypeStruct((8, 512), jnp.float32, sharding=device)
+      },
+      "opt_state": {
+        "count": jax.ShapeDtypeStruct((), "int32", sharding=device)
+      },
+    }
+  )
   assert state_digest(restored.state) == restored.meta["digest"]
   files = {p.name for p in (tmp_path / "3").iterdir()}
   assert files == {"arrays", "meta.json", "manifest.json"}

@@ -194,7 +194,7 @@ def test_missing_steps_and_folders_are_clear_errors(tmp_path, example):
   assert reader.steps() == [] and reader.latest() is None
   wanted = example.abstract(example.state())
   for read in (reader.read_meta, lambda: reader.restore(wanted)):
-    with pytest.raises(CheckpointError, match="no checkpoint in .*none"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):
       read()
   with Checkpointer(tmp_path, every=1, keep_last=5) as ckpt:
     ckpt.save(1, example.state(), {})

@@ -238,7 +238,9 @@ def test_loss_that_is_not_a_number(make_run):
 
 def test_loss_that_never_was_a_number(make_run):
   bad = {step: float("nan") for step in range(1, 41)}
-  folder = make_run("a", loss_at=bad, evaluations=False, moe=False, timing=False)
+  folder = make_run(
+    "a", loss_at=bad, evaluations=False, moe=False, timing=False
+  )
   text = render_all(folder)
   assert "not finite from step 1 on" in text
 

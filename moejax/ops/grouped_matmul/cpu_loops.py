@@ -8,7 +8,7 @@ its group is put right by the next one, and no masks are needed.
 import jax
 import jax.numpy as jnp
 
-_TILES = (8, 32, 128)  # rows; the last one is for the bulk
+_TILES = (8, 32, 64, 128, 256)  # rows; the last one is for the bulk
 
 
 def gmm(lhs_AD, rhs_EDF, group_sizes_E):
@@ -51,8 +51,11 @@ def _gmm(x, rhs_EDF, group_sizes_E, contract):
   num_rows, dtype = x.shape[0], x.dtype
   x, rhs_EDF = _pad(x), rhs_EDF.astype(jnp.float32)
   stops_E = jnp.cumsum(group_sizes_E)
+  # The groups that have rows, first; their weights only are read.
+  order_E = jnp.argsort(group_sizes_E == 0, stable=True)
 
-  def one_group(e, out):
+  def one_group(i, out):
+    e = order_E[i]
     weight = jax.lax.dynamic_index_in_dim(rhs_EDF, e, keepdims=False)
 
     def write(out, row, tile, mask):
@@ -66,7 +69,8 @@ def _gmm(x, rhs_EDF, group_sizes_E, contract):
     return _walk(stops_E[e] - size, size, write, out)
 
   out = jnp.zeros((x.shape[0], rhs_EDF.shape[2 - contract]), jnp.float32)
-  out = jax.lax.fori_loop(0, len(group_sizes_E), one_group, out)[:num_rows]
+  out = jax.lax.fori_loop(
+      0, (group_sizes_E > 0).sum(), one_group, out)[:num_rows]
   used_A1 = jnp.arange(num_rows)[:, None] < stops_E[-1]
   return jnp.where(used_A1, out, 0).astype(dtype)
 
@@ -86,10 +90,11 @@ def _walk(start, size, visit, carry):
   row = start + count * bulk
   smaller = 0
   for tile in _TILES:
-    # A loop of one turn or none: `lax.cond` would copy what is carried.
+    # A loop of one turn or none: `lax.cond` would copy what is carried. The
+    # row depends on the turn, or XLA would hoist the product out of the loop.
     turns = (smaller < rest) & (rest <= tile)
     carry = jax.lax.fori_loop(
         0, turns.astype(jnp.int32),
-        lambda _, c, tile=tile: visit(c, row, tile, True), carry)
+        lambda i, c, tile=tile: visit(c, row + i * tile, tile, True), carry)
     smaller = tile
   return carry
