@@ -98,7 +98,7 @@ def make_importable(folder: str) -> None:
 def _explain(error: Exception) -> str:
   """The first line of ConfigDict's messages, without its dump of all keys."""
   text = str(error.args[0]) if error.args else str(error)
-  match = re.match(r'Key "(\w+)" does not exist', text)
+  match = re.search(r'Key "(\w+)" does not exist', text)
   if match:
     near = re.search(r'Did you mean "(\w+)"', text)
     hint = f"; did you mean {near[1]!r}?" if near else ""

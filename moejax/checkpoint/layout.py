@@ -26,10 +26,16 @@ def kind(folder: epath.Path) -> Kind:
   inside = _names(folder)
   if manifest.NAME in inside:
     return Kind.COMMITTED
-  if manifest.UNFINISHED in inside or any(
-    # Orbax's temporary name; a write that failed late may bring it back.
-    name.startswith(f"{manifest.ARRAYS}.orbax-checkpoint-tmp")
-    for name in inside
+  # An empty folder is what a kill just after making or just before removing it
+  # leaves.
+  if (
+    not inside
+    or manifest.UNFINISHED in inside
+    or any(
+      # Orbax's temporary name; a write that failed late may bring it back.
+      name.startswith(f"{manifest.ARRAYS}.orbax-checkpoint-tmp")
+      for name in inside
+    )
   ):
     return Kind.UNFINISHED
   return Kind.STRAY

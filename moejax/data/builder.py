@@ -49,7 +49,8 @@ def prepare(
   Args:
     config: sources, tokenizer, row length and where the stores go.
     processes: how many tokenise at a time; 0 takes what the machine has.
-    rebuild: makes stores anew whose source files have changed since.
+    rebuild: makes stores anew that are damaged, or whose source files have
+      changed since.
     say: gets the lines to tell the person.
 
   Returns:
@@ -82,12 +83,11 @@ def _prepare_source(
   digests = _digest_sources(source, known)
   if finished:
     changed = _changed_files(folder, digests)
-    if not changed:
-      opened = store.TokenStore.open(folder, tokenizer)
+    if not changed and (opened := _open(folder, tokenizer, rebuild)):
       store.remember_verified(folder, sources=digests)
       say(f"{spec}: ready, {_describe(opened.manifest)} in {folder}")
       return folder
-    if not rebuild:
+    if changed and not rebuild:
       raise DataError(
         f"{spec} has changed since {folder} was prepared ({changed}); train on "
         "it as it is, or make it anew with: moejax data prepare --rebuild ..."
@@ -110,11 +110,26 @@ def _prepare_source(
   return folder
 
 
+def _open(
+  folder: pathlib.Path, tokenizer: Tokenizer, rebuild: bool
+) -> store.TokenStore | None:
+  """The store, checked; None if it is damaged and may be rebuilt."""
+  try:
+    return store.TokenStore.open(folder, tokenizer)
+  except DataError:
+    if rebuild:
+      return None
+    raise
+
+
 def _digest_sources(
   source: sources.Source, known: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """Digests with progress where it takes long."""
-  total = sum(source.path(n).stat().st_size for n in source.names)
+  try:
+    total = sum(source.path(n).stat().st_size for n in source.names)
+  except OSError as e:
+    raise DataError(f"cannot read {e.filename}: {e.strerror}") from None
   if total < MAX_PART_BYTES or known:
     return source.digests(known, lambda count: None)
   with progress_bar(f"reading {source.identity}", total) as bar:
@@ -250,9 +265,10 @@ def _run_workers(
   advance: Callable[[float], None],
 ) -> None:
   """Has worker processes write the parts; the first error ends all of them."""
-  path = os.pathsep.join(filter(None, [os.getcwd(), *sys.path]))
+  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
   environment = os.environ | {"PYTHONPATH": path}
-  command = [sys.executable, "-m", "moejax.data.parts", str(building)]
+  program = "import sys; from moejax.data.parts import work; work(sys.argv[1])"
+  command = [sys.executable, "-c", program, str(building)]
   messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
   workers = []
   try:

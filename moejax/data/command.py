@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -60,7 +61,7 @@ def _add_prepare(commands: argparse._SubParsersAction) -> None:
   )  # fmt: skip
   add(
     "--rebuild", action="store_true",
-    help="make stores anew whose source files changed",
+    help="make stores anew that are damaged or whose source files changed",
   )  # fmt: skip
 
 
@@ -98,8 +99,12 @@ def _prepare(
     changes |= {"sources": tuple(args.sources), "weights": ()}
   config = dataclasses.replace(config, **changes)
   if args.processes < 0:
-    parser.error("--processes must be positive")
-  prepare(config, processes=args.processes, rebuild=args.rebuild)
+    parser.error("--processes is negative")
+  try:
+    prepare(config, processes=args.processes, rebuild=args.rebuild)
+  except KeyboardInterrupt:
+    print("interrupted; the same command goes on", file=sys.stderr)
+    return 130
   return 0
 
 

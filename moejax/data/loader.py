@@ -368,6 +368,10 @@ class _ReadRow:
   split: str
   source: int
 
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self.token_store.warm_up()
+
   def __call__(self, row: int) -> np.ndarray:
     return _element(self.token_store.read(self.split, row), self.source, row)
 
@@ -401,6 +405,9 @@ def _rows(stores: StoreSet, number: int, split: str, seed: int) -> Any:
   import grain
 
   s = stores.stores[number]
+  s.warm_up()
+  if s.rows(split) >= 2**31:  # Grain shuffles, and elements hold, 32-bit ids
+    raise DataError(f"{s.folder} has too many rows; split the source in two")
   # Grain adds the epoch to the seed: plain seeds would repeat each other.
   key = f"{seed}/{number}".encode()
   digest = hashlib.blake2b(key, digest_size=4).digest()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokenises and packs one part of a source into its shards.
 
-`python -m moejax.data.parts FOLDER` is the worker process of `prepare`: it
-reads part numbers from stdin, writes their shards into FOLDER and reports in
-JSON lines on stdout. It ends when stdin closes: no worker outlives its parent.
+`work(folder)` is a worker process of `prepare`: it reads part numbers from
+stdin, writes their shards into the folder and reports in JSON lines on stdout.
+It ends when stdin closes, so no worker outlives its parent.
 """
 
 import contextlib
@@ -214,7 +214,7 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     partial.unlink(missing_ok=True)
 
 
-def main(folder: str) -> None:
+def work(folder: str) -> None:
   """The worker process; see the module's docstring."""
   numbers: list[int] = []
   ready = threading.Condition()
@@ -253,7 +253,3 @@ def main(folder: str) -> None:
       report(done=index)
   except DataError as e:
     report(error=str(e))
-
-
-if __name__ == "__main__":
-  main(sys.argv[1])

@@ -194,6 +194,11 @@ class TokenStore:
     ]
     return sources.text_digest(json.dumps(content))
 
+  def warm_up(self) -> None:
+    """Imports what reading needs, so that threads do not do it at once."""
+    _example_class()
+    assert self._readers
+
   def rows(self, split: str) -> int:
     splits = self.manifest["splits"]
     return splits[split]["rows"] if split in splits else 0

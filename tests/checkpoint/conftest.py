@@ -5,23 +5,29 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 
 def make_state(seed: int = 0):
   """Nested params in two dtypes, AdamW moments and counts, biases, keys."""
-  k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
+  rng = np.random.default_rng(seed)
+  key = jax.random.key(seed)
+
+  def normal(*shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
   params = {
-    "embed": jax.random.normal(k1, (24, 8)),
-    "layers": {"w_EDF": jax.random.normal(k2, (8, 4, 16), jnp.bfloat16)},
+    "embed": normal(24, 8, dtype=jnp.float32),
+    "layers": {"w_EDF": normal(8, 4, 16, dtype=jnp.bfloat16)},
   }
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
   return {
     "params": params,
     "opt_state": optimizer.init(params),
     "router_state": {"bias_E": jnp.arange(8, dtype=jnp.float32) * seed},
-    "rng": {"key": k3, "keys": jax.random.split(k3, 2)},
+    "rng": {"key": key, "keys": jax.random.split(key, 2)},
     "skipped": jnp.int32(seed),
     "flags": jnp.array([True, False]),
     "empty": {},

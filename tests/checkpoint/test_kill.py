@@ -35,8 +35,6 @@ with Checkpointer(folder, every=1, keep_last=1) as ckpt:
     s = state(step)
     if step == first + 1:
       ckpt.wait()
-      if kill_at == "before the manifest":
-        layout.commit = die
       if kill_at == "before the rename":
         files.rename = die
       if kill_at == "while deleting":
@@ -103,7 +101,7 @@ def test_killed_at_random_moments(tmp_path):
 
 @pytest.mark.parametrize(
   "moment, newest",
-  [("before the manifest", 1), ("before the rename", 1), ("while deleting", 2)],
+  [("before the rename", 1), ("while deleting", 2)],
 )
 def test_killed_at_the_worst_moments(tmp_path, moment, newest):
   writer = start(tmp_path, moment, 5)

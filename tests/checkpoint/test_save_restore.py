@@ -216,7 +216,7 @@ def test_should_save_follows_every(tmp_path):
 
 
 def test_strays_are_ignored_with_one_warning(tmp_path, example, caplog):
-  (tmp_path / "99").mkdir()
+  (tmp_path / "99/arrays").mkdir(parents=True)
   (tmp_path / "12_old").mkdir()
   (tmp_path / "07").mkdir()
   (tmp_path / "98").write_text("a file")
@@ -248,8 +248,9 @@ def test_own_leftovers_are_removed_by_the_writer_only(tmp_path, example):
   (tmp_path / "5/arrays.orbax-checkpoint-tmp").mkdir(parents=True)
   (tmp_path / "6").mkdir()
   (tmp_path / "6/manifest.json.tmp").write_text("")
-  CheckpointReader(tmp_path).steps()
-  assert {p.name for p in tmp_path.iterdir()} == {"5", "6"}
+  (tmp_path / "7").mkdir()
+  assert CheckpointReader(tmp_path).latest() is None
+  assert {p.name for p in tmp_path.iterdir()} == {"5", "6", "7"}
   Checkpointer(tmp_path, every=1, keep_last=1)
   assert list(tmp_path.iterdir()) == []
 

@@ -207,7 +207,7 @@ def test_without_blas_falls_back_with_a_warning(monkeypatch):
   with pytest.warns(UserWarning, match="'cpu_loops': no scipy; .*speed"):
     name, _ = choose_backend("cpu")
   assert name == "cpu_loops"
-  with pytest.raises(ValueError, match="'cpu': no scipy"):
+  with pytest.raises(ValueError, match="'cpu' cannot run: no scipy"):
     choose_backend("cpu", "cpu")
   with pytest.raises(RuntimeError, match="no scipy"):
     grouped_matmul(jnp.ones((1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1, int),

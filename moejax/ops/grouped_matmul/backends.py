@@ -13,8 +13,12 @@ _SUMMARY = {
     "tpu": "megablox Pallas kernels, tiles chosen from the sizes",
     "gpu": "tokamax's Triton and Mosaic kernels, else lax.ragged_dot",
 }
-_PLATFORM = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu",
-             "rocm": "gpu"}
+_AUTO = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
+_ANYWHERE = ("reference", "cpu_loops")
+_COST = {
+    "cpu_loops": "XLA loops run at about 0.6 of its speed",
+    "reference": "it does E times the arithmetic",
+}
 
 
 def kernels_of(name: str) -> types.ModuleType:
@@ -27,44 +31,48 @@ def kernels_of(name: str) -> types.ModuleType:
 
 def choose_backend(
     platform: str | None = None, requested: str = "auto") -> tuple[str, str]:
-  """Resolves `requested` to `(name, reason)`; a fallback is also a warning.
+  """Resolves `requested` to a back end; call it once, at start-up.
 
   Args:
     platform: what the program will run on ("cpu", "tpu", "gpu"); None asks jax.
-    requested: a name, or "auto". A name that cannot run is a ValueError: only
-      "auto" falls back.
+    requested: a name, or "auto". Only "auto" falls back (with a warning that
+      says why and what it costs); a name that cannot run is a ValueError.
+
+  Returns:
+    The name, for `grouped_matmul(backend=...)`, and a line for the log.
   """
   platform = platform or jax.default_backend()
-  if requested != "auto":
-    reason = kernels_of(requested).unavailable()
-    if reason:
-      raise ValueError(f"grouped_matmul backend {requested!r}: {reason}")
-    return requested, f"{requested} (requested): {_SUMMARY[requested]}"
-  name = _PLATFORM.get(platform)
-  if name is None:
-    return _fall_back("reference", f"no kernel for platform {platform!r}")
+  name = requested
+  if requested == "auto":
+    name = _AUTO.get(platform)
+    if name is None:
+      return _fall_back("reference", f"no kernel for platform {platform!r}")
   reason = kernels_of(name).unavailable()
-  if reason is None:
-    return name, f"{name} (platform {platform}): {_SUMMARY[name]}"
-  return _fall_back("cpu_loops" if name == "cpu" else "reference", reason)
-
-
-_COST = {
-    "cpu_loops": "the XLA loops run at about half the speed",
-    "reference": "it does E times the arithmetic",
-}
-
-
-def _fall_back(name: str, reason: str) -> tuple[str, str]:
-  message = f"grouped_matmul falls back to {name!r}: {reason}; {_COST[name]}"
-  warnings.warn(message, stacklevel=3)
-  return name, message
+  if requested == "auto" and reason:
+    return _fall_back("cpu_loops" if name == "cpu" else "reference", reason)
+  if name not in _ANYWHERE and name != _AUTO.get(platform):
+    reason = f"it is for {name}, not {platform}"
+  if reason:
+    raise ValueError(f"grouped_matmul backend {requested!r} cannot run: {reason}")
+  line = f"{name} ({requested} on {platform}): {_SUMMARY[name]}"
+  slow = getattr(kernels_of(name), "slow", lambda: None)()
+  if slow:
+    line += f"; slow: {slow}"
+    warnings.warn(f"grouped_matmul: {slow}", stacklevel=2)
+  return name, line
 
 
 def describe() -> str:
-  """One line a back end: what it does, or why it cannot run here."""
+  """A line per back end: what it does, and why it cannot run or is slow."""
   lines = []
   for name, summary in _SUMMARY.items():
-    reason = kernels_of(name).unavailable()
-    lines.append(f"{name}: {summary}" + (f" [no: {reason}]" if reason else ""))
+    module = kernels_of(name)
+    said = module.unavailable() or getattr(module, "slow", lambda: None)()
+    lines.append(f"{name}: {summary}" + (f" [{said}]" if said else ""))
   return "\n".join(lines)
+
+
+def _fall_back(name: str, reason: str) -> tuple[str, str]:
+  line = f"grouped_matmul falls back to {name!r}: {reason}; {_COST[name]}"
+  warnings.warn(line, stacklevel=3)
+  return name, line

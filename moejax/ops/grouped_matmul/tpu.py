@@ -4,6 +4,7 @@
 `lax.ragged_dot` is not used: only for v5p does the compiler make a grouped
 kernel of it, and there megablox is as fast; elsewhere it is E times the work.
 """
+import importlib
 import itertools
 from typing import NamedTuple
 
@@ -35,11 +36,10 @@ def gmm_transposed(d_out_AF, rhs_EDF, group_sizes_E, interpret=False):
 
 def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype, interpret=False):
   """`lhs_AD[group].T @ d_out_AF[group]` -> `[E, D, F]`; zeros if empty."""
-  from jax.experimental.pallas.ops.tpu.megablox import tgmm as kernel
   (m, k), n = lhs_AD.shape, d_out_AF.shape[1]
   lhs_AD, d_out_AF = _one_type(lhs_AD, d_out_AF)
   tiles = choose_tiles(m, k, n, len(group_sizes_E), lhs_AD.dtype, True)
-  return kernel(
+  return _megablox().tgmm(
       _pad(lhs_AD, tiles.m).T, _pad(d_out_AF, tiles.m), group_sizes_E, dtype,
       tuple(tiles), interpret=interpret)
 
@@ -47,7 +47,7 @@ def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype, interpret=False):
 def unavailable() -> str | None:
   """Why this back end cannot run; None if it can."""
   try:
-    from jax.experimental.pallas.ops.tpu import megablox  # noqa: F401
+    _megablox()
   except ImportError as e:
     return f"jax has no megablox kernels ({e})"
   return None
@@ -81,13 +81,18 @@ def choose_tiles(
   return best[1]
 
 
+def _megablox():
+  # By name: the package's attribute `gmm` is a function that hides the module.
+  return importlib.import_module(
+      "jax.experimental.pallas.ops.tpu.megablox.gmm")
+
+
 def _gmm(x, rhs_EDF, group_sizes_E, transposed, interpret):
-  from jax.experimental.pallas.ops.tpu.megablox import gmm as kernel
   dtype, (m, k) = x.dtype, x.shape
   n = rhs_EDF.shape[1 if transposed else 2]
   x, rhs_EDF = _one_type(x, rhs_EDF)
   tiles = choose_tiles(m, k, n, len(group_sizes_E), x.dtype)
-  out = kernel(
+  out = _megablox().gmm(
       _pad(x, tiles.m), rhs_EDF, group_sizes_E, dtype, tuple(tiles),
       transpose_rhs=transposed, interpret=interpret)[:m]
   # The kernel leaves rows that belong to no group unwritten.
