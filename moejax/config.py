@@ -141,7 +141,11 @@ class ModelConfig:
   attention: str = option(
     "auto", "attention back end: auto, plain, blockwise, cudnn or splash"
   )
-  scan_layers: bool = option(True, "one compiled body for all repeats")
+  scan_layers: bool = option(
+    True,
+    "one compiled body for all repeats, parameters stacked; false compiles "
+    "each layer apart, which on a CPU saves copies",
+  )
   remat: str = option(
     "none", "what the backward pass recomputes: none, full or dots"
   )
@@ -176,8 +180,11 @@ class ModelConfig:
       f"layers plus a multiple of the pattern's {len(self.pattern)}; use "
       f"{len(self.prefix) + max(1, rest // len(self.pattern)) * len(self.pattern)}",
     )
-    for layer in self.layers:
-      assert layer
+    require(
+      rest > 0 or not self.scan_layers,
+      "model.prefix holds all layers: set model.scan_layers=false",
+    )
+    assert self.layers  # parses, and so checks, each layer
 
   @property
   def prefix_layers(self) -> tuple[LayerConfig, ...]:

@@ -8,6 +8,7 @@ From Python, prompts of any lengths at once:
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
-from moejax.models import KVCache, Rows, Transformer
+from moejax.models import KVCache, Rows, Transformer, unstack_repeats
 from moejax.routing import is_causal, resolve
 from moejax.runs import load_run
 from moejax.sampling import Sampling, next_tokens
@@ -86,7 +87,7 @@ def generate_tokens(
       looks at later tokens.
   """
   _check(model, prompts, max_new_tokens)
-  params = cast_params(params, model.config.dtype)
+  model, params = for_generation(model, params)
   tokens_BT, rows = left_pad(prompts)
   B, T = tokens_BT.shape
   cache_len = -(-(T + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
@@ -149,12 +150,28 @@ def _draw(model, sampling, params, output, keys_B):
   return next_tokens(sampling, logits_B1V[:, 0], keys_B)
 
 
-def cast_params(params: Any, dtype: str) -> Any:
-  """Weights in the compute dtype once, not at each token; routers stay float32."""
-  def cast(path, x):
-    return x if "router" in jax.tree_util.keystr(path) else x.astype(dtype)
+def for_generation(
+  model: Transformer, params: Any
+) -> tuple[Transformer, Any]:
+  """The same model, its weights laid out for one token at a time.
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  Weights are cast to the compute dtype once (routers stay float32), and layers
+  stand apart: a scan would copy each layer's weights out of the stack for each
+  token. Both are done once; what comes back may be passed in again.
+  """
+  config = model.config
+  if config.scan_layers:
+    params = _unstack(config, params)
+    config = dataclasses.replace(config, scan_layers=False)
+    model = model.clone(config=config)
+
+  def cast(path, x):
+    return x if "router" in jax.tree_util.keystr(path) else x.astype(config.dtype)
+
+  return model, jax.tree_util.tree_map_with_path(cast, params)
+
+
+_unstack = jax.jit(unstack_repeats, static_argnums=0)
 
 
 def _check(model, prompts, max_new_tokens) -> None:

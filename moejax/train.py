@@ -39,7 +39,7 @@ from moejax.step import TrainState, init_state, make_train_step
 # A changed value of these changes nothing that was or will be computed.
 FREE_OPTIONS = (
   "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
-  "data.store", "train.accumulation_steps", "model.remat", "model.scan_layers",
+  "data.store", "train.accumulation_steps", "model.remat",
   "model.attention", "model.moe.matmul", "model.moe.dispatch",
   "loss.chunk_size",
 )  # fmt: skip

@@ -161,7 +161,7 @@ def names(module, source):
   problems = []
   if module.rpartition(".")[2] in ("utils", "util", "helpers", "common"):
     problems.append(f"{module}: a name for what it does is missing")
-  if not source.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
+  if source and not source.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
     problems.append(f"{module} does not start with its licence line")
   return problems
 

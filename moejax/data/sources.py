@@ -143,7 +143,7 @@ class TfdsSource(Source):
     if text_key not in builder.info.features:
       raise DataError(
         f"{spec} has no field {text_key!r}; set data.text_key to one of "
-        f"{', '.join(builder.info.features)}"
+        f"{', '.join(sorted(builder.info.features))}"
       )
     self._paths = {
       os.path.basename(f.filename): pathlib.Path(f.filename)

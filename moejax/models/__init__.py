@@ -8,9 +8,10 @@ from moejax.models.transformer import (
   Transformer,
   build,
   init_params,
+  unstack_repeats,
 )
 
 __all__ = [
   "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "build", "count",
-  "init_params", "train_flops_per_token",
+  "init_params", "train_flops_per_token", "unstack_repeats",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all layers need to know of the rows they see, and the KV cache."""
 
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -53,14 +53,15 @@ class KVCache:
 
   Attributes:
     prefix: a LayerCache for each prefix layer.
-    pattern: a LayerCache for each pattern entry, stacked over repeats.
+    pattern: a LayerCache for each pattern entry, stacked over repeats; with
+      unscanned layers, a tuple of such entries for each repeat.
     segment_ids_BS: int32, 0 where nothing may be attended to.
     positions_BS: int32, position of each cached token.
     length: int32 scalar, columns in use.
   """
 
   prefix: tuple[LayerCache, ...]
-  pattern: tuple[LayerCache, ...]
+  pattern: tuple[Any, ...]
   segment_ids_BS: Array
   positions_BS: Array
   length: Array
@@ -75,9 +76,14 @@ class KVCache:
       shape = (*stack, batch_size, max_len, K, H)
       return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
+    R = config.num_repeats
+    if config.scan_layers:
+      pattern = tuple(layer(R) for _ in config.pattern)
+    else:
+      pattern = tuple(tuple(layer() for _ in config.pattern) for _ in range(R))
     return cls(
       prefix=tuple(layer() for _ in config.prefix),
-      pattern=tuple(layer(config.num_repeats) for _ in config.pattern),
+      pattern=pattern,
       segment_ids_BS=jnp.zeros((batch_size, max_len), jnp.int32),
       positions_BS=jnp.zeros((batch_size, max_len), jnp.int32),
       length=jnp.zeros((), jnp.int32),

@@ -62,8 +62,13 @@ class Transformer(nn.Module):
     self.prefix = [
       Block(cfg, layer, self.backends) for layer in cfg.prefix_layers
     ]
-    if cfg.num_repeats:
+    if cfg.scan_layers:
       self.repeats = _scanned(cfg)(cfg, self.backends)
+    else:
+      repeat = _checkpointed(cfg)
+      self.repeats = [
+        repeat(cfg, self.backends) for _ in range(cfg.num_repeats)
+      ]
     self.final_norm = RMSNorm(cfg.norm_eps)
 
   def __call__(
@@ -79,22 +84,36 @@ class Transformer(nn.Module):
       x_BTD, stat, layer_cache = block(x_BTD, i, layer_cache, rows, keys)
       prefix_stats.append(stat)
       prefix_caches.append(layer_cache)
-    scan_stats, pattern_caches = (), ()
-    if cfg.num_repeats:
-      firsts_R = len(cfg.prefix) + len(cfg.pattern) * jnp.arange(
-        cfg.num_repeats
-      )
-      caches = cache.pattern if cache else (None,) * len(cfg.pattern)
-      x_BTD, (scan_stats, pattern_caches) = self.repeats(
-        x_BTD, firsts_R, caches, rows, keys
-      )
+    repeats = self._scan if cfg.scan_layers else self._loop
+    x_BTD, pattern_stats, pattern_caches = repeats(x_BTD, cache, rows, keys)
     if cache:
       cache = keys.replace(
         prefix=tuple(prefix_caches), pattern=pattern_caches,
         length=cache.length + tokens_BT.shape[1],
       )  # fmt: skip
-    stats = _stack_stats(prefix_stats, scan_stats)
+    stats = _join_stats(prefix_stats, pattern_stats)
     return ModelOutput(self.final_norm(x_BTD), stats, cache)
+
+  def _scan(self, x_BTD, cache, rows, keys):
+    """All repeats as one scanned body; stats and caches stacked [R, ...]."""
+    cfg = self.config
+    firsts_R = len(cfg.prefix) + len(cfg.pattern) * jnp.arange(cfg.num_repeats)
+    caches = cache.pattern if cache else (None,) * len(cfg.pattern)
+    x_BTD, (stats, caches) = self.repeats(x_BTD, firsts_R, caches, rows, keys)
+    return x_BTD, stats, caches
+
+  def _loop(self, x_BTD, cache, rows, keys):
+    """The same, repeat by repeat; caches stay apart, [R] tuples."""
+    cfg = self.config
+    stats, caches = [], []
+    for r, repeat in enumerate(self.repeats):
+      first = len(cfg.prefix) + len(cfg.pattern) * r
+      mine = cache.pattern[r] if cache else (None,) * len(cfg.pattern)
+      x_BTD, (stat, mine) = repeat(x_BTD, first, mine, rows, keys)
+      stats.append(stat)
+      caches.append(mine)
+    stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else ()
+    return x_BTD, stats, tuple(caches)
 
   def output_table(self) -> Array:
     """The output embedding [V, D]."""
@@ -136,30 +155,46 @@ def init_params(model: Transformer, key: Array) -> Any:
   return nn.unbox(model.init(key, tokens_BT, rows)["params"])
 
 
-def _scanned(config: ModelConfig) -> type[nn.Module]:
-  """`Repeat` under remat and scan; parameters are stacked over repeats.
+def unstack_repeats(config: ModelConfig, params: Any) -> Any:
+  """The tree of `scan_layers=False` from that of `scan_layers=True`.
 
-  Unscanned layers are the same scan, unrolled: one parameter tree for both.
+  Scanned repeats are one stacked subtree `repeats`; unscanned ones are
+  `repeats_0`, `repeats_1`, ...
   """
-  body = Repeat
-  if config.remat != "none":
-    policy = REMAT_POLICIES[config.remat]
-    body = nn.remat(body, policy=policy, prevent_cse=False)
+  rest = {k: v for k, v in params.items() if k != "repeats"}
+  for r in range(config.num_repeats):
+    rest[f"repeats_{r}"] = jax.tree.map(lambda x, r=r: x[r], params["repeats"])
+  return rest
+
+
+def _checkpointed(config: ModelConfig) -> type[nn.Module]:
+  """`Repeat` under the config's remat policy."""
+  if config.remat == "none":
+    return Repeat
+  # Inside a scan, XLA cannot merge the recomputation with the first pass.
+  return nn.remat(
+    Repeat,
+    policy=REMAT_POLICIES[config.remat],
+    prevent_cse=not config.scan_layers,
+  )
+
+
+def _scanned(config: ModelConfig) -> type[nn.Module]:
+  """`Repeat` under remat and scan; parameters are stacked over repeats."""
   return nn.scan(
-    body,
+    _checkpointed(config),
     variable_axes={"params": 0},
     split_rngs={"params": True},
     in_axes=(0, 0, nn.broadcast, nn.broadcast),
     out_axes=0,
     length=config.num_repeats,
-    unroll=1 if config.scan_layers else config.num_repeats,
     metadata_params={nn.PARTITION_NAME: "layers"},
   )
 
 
-def _stack_stats(prefix_stats, scan_stats) -> RouterStats | None:
+def _join_stats(prefix_stats, pattern_stats) -> RouterStats | None:
   """Prefix stats and stacked pattern stats in layer order, [L_moe, ...]."""
-  pattern = [s for s in scan_stats if s is not None]
+  pattern = [s for s in pattern_stats if s is not None]
   prefix = [s for s in prefix_stats if s is not None]
   parts = []
   if prefix:

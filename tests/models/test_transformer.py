@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 
 from moejax.config import ModelConfig, MoEConfig
-from moejax.models import KVCache, Rows, build, count, init_params
+from moejax.models import (
+  KVCache,
+  Rows,
+  build,
+  count,
+  init_params,
+  unstack_repeats,
+)
 
 SMALL = ModelConfig(
   vocab_size=61, d_model=32, num_layers=3, prefix=("attention/mlp",),
@@ -91,8 +98,7 @@ def test_initial_weights_are_normal_cut_at_three_std():
 @pytest.mark.parametrize(
   "change",
   [
-    {"scan_layers": False}, {"remat": "full"}, {"remat": "dots"},
-    {"dispatch": "dense"}, {"matmul": "reference"}, {"matmul": "cpu_loops"},
+    {"remat": "full"}, {"remat": "dots"}, {"dispatch": "dense"}, {"matmul": "reference"}, {"matmul": "cpu_loops"},
     {"attention": "blockwise"},
   ],
   ids=str,
@@ -113,6 +119,31 @@ def test_how_it_is_computed_does_not_change_the_result(change):
   assert relative_error(other_value, value) < 1e-5
   errors = jax.tree.map(relative_error, other_grads, grads)
   assert max(jax.tree.leaves(errors)) < 2e-5, errors
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_apart_equal_scanned_ones(remat):
+  scanned = build(small(num_layers=4))
+  apart = build(small(num_layers=4, scan_layers=False, remat=remat))
+  params = init_params(scanned, jax.random.key(0))
+  tokens, rows = tokens_of(0, 2, 9), plain_rows(2, 9)
+  weights = jax.random.normal(jax.random.key(1), (2, 9, SMALL.vocab_size))
+
+  def loss(model, params):
+    return (logits_fn(model)(params, tokens, rows) * weights).sum()
+
+  unstacked = unstack_repeats(scanned.config, params)
+  abstract = jax.eval_shape(lambda: init_params(apart, jax.random.key(0)))
+  assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(jnp.shape, abstract)
+  grad = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
+  want = unstack_repeats(scanned.config, grad(scanned, params))
+  errors = jax.tree.map(relative_error, grad(apart, unstacked), want)
+  assert max(jax.tree.leaves(errors)) < 2e-5, errors
+  stats = lambda m, p: m.apply({"params": p}, tokens, rows).stats
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, 1e-5, 1e-5),
+    stats(apart, unstacked), stats(scanned, params),
+  )  # fmt: skip
 
 
 def test_later_tokens_do_not_reach_earlier_ones():
@@ -169,9 +200,14 @@ def test_padding_goes_nowhere_and_counts_nowhere():
   )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 0.03)])
-def test_cached_logits_equal_uncached(dtype, tolerance):
-  model = build(small(dtype=dtype, num_shared_experts=1))
+@pytest.mark.parametrize(
+  "dtype,tolerance,scan_layers",
+  [("float32", 1e-5, True), ("float32", 1e-5, False), ("bfloat16", 0.03, True)],
+)
+def test_cached_logits_equal_uncached(dtype, tolerance, scan_layers):
+  model = build(
+    small(dtype=dtype, num_shared_experts=1, scan_layers=scan_layers)
+  )
   params = init_params(model, jax.random.key(0))
   tokens, rows = tokens_of(4, 2, 10), plain_rows(2, 10)
   want = logits_fn(model)(params, tokens, rows)

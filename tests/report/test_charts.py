@@ -7,7 +7,7 @@ import pytest
 from moejax.optimizer import schedule_values
 from moejax.report import make_charts
 from moejax.report.charts import number, percent
-from moejax.report.curves import time_split
+from moejax.report.curves import median_rate, time_split
 from moejax.report.rundata import load_run_data
 from moejax.report.style import new_figure, plot_style
 from tests.report.synthetic import Recipe, load, loss
@@ -124,6 +124,12 @@ def test_time_is_split_without_counting_twice(make_run):
   assert split["first step, compiling"] == pytest.approx(9.5)
   assert split["waiting for data"] == pytest.approx(40 * 0.05)
   assert split["evaluation"] == pytest.approx(0.2)
+
+
+def test_speed_leaves_out_the_step_that_compiles(make_run):
+  run = load_run_data(make_run("a", done=2))
+  assert run.timing["tokens_per_second"].tolist() == [51.2, 1024.0]
+  assert median_rate(run, "tokens_per_second") == 1024.0
 
 
 def test_gradient_clip_is_counted_and_drawn(make_run):

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that holds the scores of whole rows."""
+"""Attention that holds the scores of whole rows.
+
+Beside the legend: `M` the G * T queries that read one KV head.
+"""
 
 import jax
 import jax.numpy as jnp

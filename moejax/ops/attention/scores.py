@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens see which, and the scores between them."""
+"""Which tokens see which, and the scores between them.
+
+Beside the legend: `M` the G * T queries that read one KV head.
+"""
 
 from typing import NamedTuple
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 _LANES, _SUBLANES = 128, 16
 # The compiler gives a kernel 16 MiB of VMEM (v4, v5); what is left over holds
 # the masks and the product before it is added.
-_VMEM_BYTES = 11 * 2**20
-# Between v5p and v6e; only the ratios matter for the choice.
-_FLOPS, _BYTES, _STEP_SECONDS = 4.5e14, 1.6e12, 3.5e-7
+_VMEM_BYTES = int(12.5 * 2**20)
+# Between v5p and v6e; only the ratios matter for the choice. Loading a weight
+# tile into the matrix unit takes as long as so many rows (a guess: not measured).
+_FLOPS, _BYTES, _STEP_SECONDS, _LOAD_ROWS = 4.5e14, 1.6e12, 3.5e-7, 96
 
 
 class Tiles(NamedTuple):
@@ -129,21 +130,25 @@ def _vmem_bytes(tiles: Tiles, size: int, transposed_lhs: bool) -> int:
 
 
 def _gmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
-  visits = -(-m // tiles.m) + num_groups - 1
-  tiles_k, tiles_n = -(-k // tiles.k), -(-n // tiles.n)
-  steps = visits * tiles_k * tiles_n
-  flops = 2 * steps * tiles.m * tiles.k * tiles.n
+  visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
   # A weight tile stays in VMEM from visit to visit only if it has all of k.
   weights = k * n * (num_groups if tiles_k == 1 else visits)
-  traffic = size * (visits * tiles.m * k * tiles_n + weights + m * n)
-  return max(flops / _FLOPS, traffic / _BYTES) + steps * _STEP_SECONDS
+  traffic = visits * tiles.m * k * tiles_n + weights + m * n
+  return _seconds(visits * tiles_k * tiles_n, tiles, size * traffic)
 
 
 def _tgmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
+  visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
+  traffic = (visits * tiles.m * (k * tiles_n + n * tiles_k)
+             + num_groups * k * n)
+  return _seconds(visits * tiles_k * tiles_n, tiles, size * traffic)
+
+
+def _grid(m, k, n, num_groups, tiles: Tiles) -> tuple[int, int, int]:
   visits = -(-m // tiles.m) + num_groups - 1
-  tiles_k, tiles_n = -(-k // tiles.k), -(-n // tiles.n)
-  steps = visits * tiles_k * tiles_n
-  flops = 2 * steps * tiles.m * tiles.k * tiles.n
-  inputs = visits * tiles.m * (k * tiles_n + n * tiles_k)
-  traffic = size * (inputs + num_groups * k * n)
+  return visits, -(-k // tiles.k), -(-n // tiles.n)
+
+
+def _seconds(steps: int, tiles: Tiles, traffic: int) -> float:
+  flops = 2 * steps * (tiles.m + _LOAD_ROWS) * tiles.k * tiles.n
   return max(flops / _FLOPS, traffic / _BYTES) + steps * _STEP_SECONDS
