@@ -129,14 +129,16 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   path = folder / MANIFEST
   try:
     manifest = json.loads(path.read_text())
-  except (OSError, ValueError) as e:
+    found = manifest["format"]
+  except (OSError, ValueError, KeyError, TypeError) as e:
     raise DataError(
-      f"{path} is missing or damaged ({e}); delete the folder and prepare again"
+      f"{path} is missing or damaged ({e!r}); delete the folder and prepare "
+      "again"
     ) from None
-  if manifest["format"] != FORMAT:
+  if found != FORMAT:
     raise DataError(
-      f"{folder} has format {manifest['format']}, this moejax reads {FORMAT}; "
-      "prepare it again"
+      f"{folder} has format {found}, this moejax reads {FORMAT}; prepare it "
+      "again"
     )
   return manifest
 

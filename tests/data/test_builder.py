@@ -5,8 +5,7 @@ import dataclasses
 import fcntl
 import json
 import os
-import resource
-import shutil
+import pathlib
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from moejax.data import builder, load_tokenizer, open_stores, prepare
 from moejax.data.parts import is_validation
 from moejax.data.store import read_manifest
 from moejax.errors import DataError
-from tests.data.helpers import contents, make_stores, quiet, write_corpus
+from tests.data.helpers import contents, quiet, write_corpus
 
 
 def config_for(folder, **options):
@@ -76,9 +75,11 @@ def test_the_store_holds_the_documents(corpus):
   fits = [t for t in expected if len(t.encode()) <= 3000]
   found = texts["train"] + texts["validation"]
   assert len(fits) > 500
-  assert set(fits) <= set(found)
-
+  assert set(found) <= set(expected)
   manifest = read_manifest(folder)
+  # Those missing were cut to fill a row, one a row at most.
+  rows = sum(split["rows"] for split in manifest["splits"].values())
+  assert len(set(fits) - set(found)) < rows < 30
   assert manifest["documents"] == 600
   assert manifest["tokens"] == sum(len(t.encode()) + 2 for t in expected)
   held_out = [t for t in expected if is_validation(t.encode(), 0.1)]
@@ -94,7 +95,8 @@ def test_counts_of_what_is_odd(tmp_path):
   (folder / "c.txt").write_text(" \n\t ")
   (folder / "d.txt").write_text("x" * 1000)
   lines = []
-  (path,) = prepare(config_for(tmp_path, validation_fraction=0.0), say=lines.append)
+  config = config_for(tmp_path, validation_fraction=0.0)
+  (path,) = prepare(config, say=lines.append)
   manifest = read_manifest(path)
   assert manifest["replaced"] == 2
   assert manifest["empty_documents"] == 2
@@ -121,9 +123,8 @@ def test_two_processes_write_the_bytes_of_one(corpus, monkeypatch):
     write_corpus(corpus / "corpus" / f"{number}", 60, number)
   one = config_for(corpus)
   two = dataclasses.replace(one, store=str(corpus / "two"))
-  (a,), (b,) = prepare(one, processes=1, say=quiet), prepare(
-    two, processes=2, say=quiet
-  )
+  (a,) = prepare(one, processes=1, say=quiet)
+  (b,) = prepare(two, processes=2, say=quiet)
   assert len(read_manifest(a)["splits"]["train"]["shards"]) >= 4
   assert contents(a) == contents(b)
 
@@ -143,7 +144,6 @@ def slow(self, tokens):
 moejax.data.parts._ShardWriter.add = slow
 moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}))
 """
-  killed = 0
   for wanted in (1, 3):
     process = subprocess.Popen(
       [sys.executable, "-c", program], stdout=subprocess.DEVNULL
@@ -155,7 +155,6 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}))
       time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    killed += 1
     assert not (corpus / "killed" / expected.name).exists()
   done = {p.name: p.stat().st_mtime_ns for p in partial.glob("part-*.json")}
   assert len(done) >= 3
@@ -182,9 +181,9 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}),
   process = subprocess.Popen(
     [sys.executable, "-c", program], stdout=subprocess.DEVNULL
   )
-  children = f"/proc/{process.pid}/task/{process.pid}/children"
+  children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
   deadline = time.monotonic() + 60
-  while len(workers := open(children).read().split()) < 2:
+  while len(workers := children.read_text().split()) < 2:
     assert process.poll() is None and time.monotonic() < deadline
     time.sleep(0.01)
   process.kill()
@@ -196,7 +195,8 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}),
 
 def _alive(pid):
   try:
-    return open(f"/proc/{pid}/stat").read().rsplit(")")[-1].split()[0] != "Z"
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    return stat.rsplit(")")[-1].split()[0] != "Z"
   except FileNotFoundError:
     return False
 

@@ -32,8 +32,18 @@ def test_any_prefix_has_its_shares_give_or_take_one_row(weights):
 
 
 def test_shares_over_a_million_rows():
-  weights = (0.62, 0.31, 0.0699, 0.0001)
-  assert largest_error(Mixture([(0, weights)]), weights, 1_000_000) <= 1
+  weights = np.array([0.62, 0.31, 0.0699, 0.0001])
+  mixture = Mixture([(0, weights.tolist())])
+  for rows in range(1, 1_000_000, 37):
+    assert np.abs(mixture.counts(rows) - rows * weights).max() <= 1
+
+
+def test_counts_are_what_is_drawn():
+  mixture = Mixture([(0, (0.5, 0.3, 0.2)), (70, (0.1, 0.8, 0.1))])
+  sources = draw(mixture, range(500))[:, 0]
+  for rows in range(500):
+    drawn = np.bincount(sources[:rows], minlength=3)
+    assert np.array_equal(mixture.counts(rows), drawn)
 
 
 def test_many_sources_stay_within_the_documented_bound():

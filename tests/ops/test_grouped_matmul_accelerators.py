@@ -47,7 +47,9 @@ def rank_promotion():
     yield
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    "tiny", *(pytest.param(x, marks=pytest.mark.slow)
+              for x in ("uneven", "all_empty"))])
 def test_tpu_kernels_interpreted(case):
   x, w, sizes, dy = inputs(case)
   run = lambda kernel, *args: kernel(*args, interpret=True)
