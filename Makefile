@@ -30,7 +30,7 @@ quickstart: $(VENV)/.installed  ## install, train the tiny model, let it write
 	@$(BIN)/moejax data prepare --config=$(CONFIG)
 	@$(BIN)/moejax train --config=$(CONFIG) --workdir=$(RUN)
 	@$(BIN)/moejax generate $(RUN) --prompt='$(PROMPT)'
-	@$(BIN)/moejax report $(RUN)
+	@echo "report: $(RUN)/report/index.html"
 
 install: $(VENV)/.installed-dev  ## moejax, editable, with the tools of a developer
 

@@ -7,6 +7,7 @@ The dense product has one weight and the same FLOPs. All are timed in turn,
 again and again, in one process; a ratio is dense time over back-end time, from
 medians, so 1 is as fast as dense. Forward is one product, backward two more.
 """
+
 import argparse
 import functools
 import os
@@ -17,17 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.ops.grouped_matmul import choose_backend
-from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_matmul import choose_backend, grouped_matmul
 
 # name: (rows, D, F, experts, distribution, floors of forward and both)
 CASES = {
-    "skewed": (16384, 512, 256, 64, "dirichlet", (0.65, 0.55)),
-    "uniform": (16384, 512, 256, 64, "even", (0.8, 0.8)),
-    "8 experts": (4096, 1024, 2816, 8, "dirichlet", (0.8, 0.8)),
-    "ragged_dot": (1024, 512, 256, 64, "dirichlet", None),
-    "decode 8": (8, 512, 256, 64, "tokens", None),
-    "decode 64": (64, 512, 256, 64, "tokens", None),
+  "skewed": (16384, 512, 256, 64, "dirichlet", (0.65, 0.55)),
+  "uniform": (16384, 512, 256, 64, "even", (0.8, 0.8)),
+  "8 experts": (4096, 1024, 2816, 8, "dirichlet", (0.8, 0.8)),
+  "ragged_dot": (1024, 512, 256, 64, "dirichlet", None),
+  "decode 8": (8, 512, 256, 64, "tokens", None),
+  "decode 64": (64, 512, 256, 64, "tokens", None),
 }
 
 
@@ -54,6 +54,7 @@ def gradients(multiply):
   def run(x_AD, w_EDF, sizes_E, dy_AF):
     y_AF, vjp = jax.vjp(lambda x, w: multiply(x, w, sizes_E), x_AD, w_EDF)
     return y_AF, *vjp(dy_AF)
+
   return run
 
 
@@ -74,11 +75,14 @@ def run_case(name: str, repeats: int) -> None:
   sizes_E = jnp.asarray(group_sizes(rows, experts, distribution))
   rng = np.random.default_rng(1)
   draw = lambda *shape: jnp.asarray(
-      rng.standard_normal(shape, dtype=np.float32))
+    rng.standard_normal(shape, dtype=np.float32)
+  )
   x_AD, w_EDF, dy_AF = draw(rows, d), draw(experts, d, f), draw(rows, f)
   used = int((sizes_E > 0).sum())
-  print(f"\n{name}: [{rows}, {d}] x [{experts}, {d}, {f}], groups of "
-        f"{sizes_E.min()} to {sizes_E.max()} rows, {used} not empty")
+  print(
+    f"\n{name}: [{rows}, {d}] x [{experts}, {d}, {f}], groups of "
+    f"{sizes_E.min()} to {sizes_E.max()} rows, {used} not empty"
+  )
   backward = not distribution == "tokens"
   functions, arguments = {}, {}
   for who, multiply in contestants(name).items():
@@ -92,8 +96,10 @@ def run_case(name: str, repeats: int) -> None:
   seconds = measure(functions, arguments, repeats)
   flops = 2 * rows * d * f
   traffic = 4 * used * d * f
-  print("  back end        products   min ms  median ms  GFLOP/s   GB/s of "
-        "weights   ratio")
+  print(
+    "  back end        products   min ms  median ms  GFLOP/s   GB/s of "
+    "weights   ratio"
+  )
   for (who, products), times in seconds.items():
     median = statistics.median(times)
     ratio = statistics.median(seconds["dense", products]) / median
@@ -101,10 +107,12 @@ def run_case(name: str, repeats: int) -> None:
     if who == "cpu" and floors:
       least = floors[0 if products == 1 else 1]
       floor = f"  floor {least}: {'met' if ratio >= least else 'MISSED'}"
-    print(f"  {who:15} {products:8} {min(times) * 1e3:9.2f} "
-          f"{median * 1e3:9.2f} {products * flops / median / 1e9:9.1f} "
-          f"{traffic / median / 1e9 if who != 'dense' else 0:14.1f} "
-          f"{ratio:13.2f}{floor}")
+    print(
+      f"  {who:15} {products:8} {min(times) * 1e3:9.2f} "
+      f"{median * 1e3:9.2f} {products * flops / median / 1e9:9.1f} "
+      f"{traffic / median / 1e9 if who != 'dense' else 0:14.1f} "
+      f"{ratio:13.2f}{floor}"
+    )
 
 
 def main() -> None:
@@ -113,13 +121,13 @@ def main() -> None:
   parser.add_argument("--only", choices=list(CASES))
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
-  print(f"jax {jax.__version__}; {os.cpu_count()} cores; "
-        f"{choose_backend('cpu')[1]}")
+  print(
+    f"jax {jax.__version__}; {os.cpu_count()} cores; {choose_backend('cpu')[1]}"
+  )
   for name in [args.only] if args.only else CASES:
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     run_case(name, args.repeats)
-    print(f"  load average before and after: {load}; "
-          f"{os.getloadavg()[0]:.1f}")
+    print(f"  load average before and after: {load}; {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def moejax_tasks():
   import jax.numpy as jnp
 
   from moejax.config import Config
-  from moejax.generate import generate_tokens
+  from moejax.generate import for_generation, generate_tokens
+  from moejax.hardware import keep_freed_memory
   from moejax.models import Rows, build
   from moejax.sampling import Sampling
   from moejax.step import init_state, make_train_step
@@ -46,9 +47,11 @@ def moejax_tasks():
     "model": {
       "vocab_size": V, "d_model": D, "num_layers": L, "num_heads": N,
       "num_kv_heads": N, "head_dim": H, "dtype": "float32",
+      "scan_layers": False,
       "moe": {"num_experts": E, "d_expert": F, "router": f"top_k(k={X})"},
     },
   })  # fmt: skip
+  keep_freed_memory()
   model = build(config.model)
   state = jax.jit(lambda: init_state(config, model))()
   step = jax.jit(make_train_step(config, model), donate_argnums=0)
@@ -74,7 +77,7 @@ def moejax_tasks():
   def decode(batch_size):
     prompts = tokens(batch_size, PROMPT).tolist()
     out = generate_tokens(
-      model, state.params, prompts, NEW, Sampling(), jax.random.key(0)
+      *for_generation(model, state.params), prompts, NEW, Sampling(), jax.random.key(0)
     )
     assert all(len(row) == NEW for row in out)
 

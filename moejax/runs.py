@@ -22,6 +22,7 @@ from moejax.checkpoint import Checkpointer, CheckpointReader
 from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, DataError
+from moejax.hardware import keep_freed_memory
 from moejax.models import (
   Transformer,
   build,
@@ -59,6 +60,8 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     CheckpointError: no checkpoint, or none that is undamaged, or a tokenizer
       that is not the one it was trained with.
   """
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
   config = read_config(workdir)
   model = build(config.model)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))

@@ -26,7 +26,7 @@ from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.evaluate import evaluate
 from moejax.generate import generate
-from moejax.hardware import peak_flops
+from moejax.hardware import keep_freed_memory, peak_flops
 from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
@@ -77,6 +77,8 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
     UserError: anything that a person can fix; nothing is half-written.
   """
   workdir = Path(workdir)
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
   with RunLock(workdir), PreemptionGuard() as guard:
     # -- data ---------------------------------------------------------------
     tokenizer = load_tokenizer_of(config)
@@ -233,8 +235,9 @@ class Loop:
     self.log.timing(step, timing)
     self.times = dict.fromkeys(self.times, 0.0)
     self.progress.update(
-      step, loss=float(metrics["loss/xent"]), tokens_per_second=rate
-    )
+      step, loss=float(metrics["loss/xent"]), tokens_per_second=rate,
+      learning_rate=float(metrics["learning_rate"]),
+    )  # fmt: skip
 
   def _evaluate(self) -> None:
     config = self.config
@@ -411,7 +414,11 @@ def _due(every: int, step: int) -> bool:
 def _report(workdir: Path) -> None:
   from moejax.report import write_report
 
-  print(f"report: {write_report(workdir)}", flush=True)
+  try:
+    print(f"report: {write_report(workdir)}", flush=True)
+  except UserError as e:
+    # The run itself is done and saved: no reason to fail it.
+    print(f"no report: {e}", file=sys.stderr)
 
 
 def _override(stored: dict[str, Any], extra: list[str]) -> Config:

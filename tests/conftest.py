@@ -46,6 +46,15 @@ def _empty_full_cache():
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs():
+  """Else a process that runs all tests holds gigabytes of them."""
+  yield
+  import jax
+
+  jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> pathlib.Path:
   """Folder of public test data: `$MOEJAX_TEST_DATA` or `../shared/data`."""

@@ -357,8 +357,8 @@ def _finish(
   shards = {}
   for info in manifest["splits"].values():
     for shard in info["shards"]:
-      stat = (building / shard["name"]).stat()
-      shards[shard["name"]] = [stat.st_size, stat.st_mtime_ns]
+      path = building / shard["name"]
+      shards[shard["name"]] = store.file_state(path.stat())
   store.remember_verified(building, shards=shards, sources=digests)
   return manifest
 

@@ -232,8 +232,8 @@ class TokenStore:
   def verify(self) -> None:
     """Checks sizes always, and each shard's SHA-256 once after it changed.
 
-    What was checked is remembered beside the shards, by size and time of
-    change; in a folder that cannot be written it is checked each time.
+    What was checked is remembered beside the shards, by size, time of change
+    and inode; in a folder that cannot be written it is checked each time.
     """
     expected = {
       shard["name"]: shard
@@ -271,7 +271,7 @@ class TokenStore:
         f"{self.folder / name} has {stat.st_size} bytes instead of {expected}; "
         "put the file back, or delete the store and prepare again"
       )
-    return [stat.st_size, stat.st_mtime_ns]
+    return file_state(stat)
 
   @functools.cached_property
   def _readers(self) -> dict[str, Any]:
@@ -306,6 +306,11 @@ class _Instruction:
   @property
   def examples_in_shard(self) -> int:
     return self.take
+
+
+def file_state(stat: os.stat_result) -> list[int]:
+  """What changes when a file is written again or copied."""
+  return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
 
 def read_verified(folder: pathlib.Path) -> dict[str, dict[str, Any]]:

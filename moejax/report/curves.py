@@ -44,7 +44,8 @@ def loss_chart(run: RunData) -> Chart | None:
   def draw(figure: Any, narrow: bool) -> None:
     ax = step_axes(figure, run.last_step, "" if narrow else "nats per token")
     _, ys = draw_noisy(ax, steps, loss, "blue", "training")
-    values = [ys]
+    # Spikes may leave the picture at its top; nothing leaves at the bottom.
+    values = [ys, np.sort(loss[np.isfinite(loss)])[:1]]
     if validated:
       x, y = _validation(run, 0, run.last_step)
       values.append(y)
@@ -81,7 +82,7 @@ def recent_chart(run: RunData) -> Chart | None:
   def draw(figure: Any, narrow: bool) -> None:
     ax = step_axes(figure, run.last_step)
     draw_noisy(ax, steps, loss, "blue", "training")
-    values = [y]
+    values = [y, np.quantile(loss, [0.02, 0.98])]
     if "validation/xent" in run.evaluations:
       at, held_out = _validation(run, steps[0], steps[-1])
       values.append(held_out)
@@ -89,7 +90,7 @@ def recent_chart(run: RunData) -> Chart | None:
               markeredgecolor=LIGHT["card"], label="validation", linewidth=1.4,
               clip_on=False, zorder=3)  # fmt: skip
     known = np.concatenate(values)
-    margin = max(0.25 * np.ptp(known), 1e-3)
+    margin = max(0.06 * np.ptp(known), 1e-3)
     ax.set_ylim(known.min() - margin, known.max() + margin)
     ax.set_xlim(steps[0], steps[-1])
     legend(ax)
@@ -99,9 +100,9 @@ def recent_chart(run: RunData) -> Chart | None:
   change = loss[-third:].mean() - loss[:third].mean()
   noise = np.std(loss - np.interp(steps, x, y)) * np.sqrt(2 / third)
   word = "fell" if change < 0 else "rose"
-  title = f"In the last half the loss {word} by {abs(change):.2g} nats"
+  title = f"In the last half the training loss {word} by {abs(change):.2g} nats"
   if abs(change) < 2 * noise:
-    title = "The loss is flat over the last half"
+    title = "No clear change of the training loss in the last half"
   note = "As above, steps of the last half only."
   return Chart("loss_recent", title, note, draw)
 
@@ -272,7 +273,9 @@ def throughput_chart(run: RunData) -> Chart | None:
   if mfu is not None:
     title += f", {percent(mfu)} of the hardware's peak"
   elif flops is not None:
-    title += f", {format_count(flops)}FLOP/s of model"
+    value = format_count(flops)
+    prefix = value.lstrip("0123456789.")
+    title += f", {value.removesuffix(prefix)} {prefix}FLOP/s"
   note = "Target tokens per second: each step, running median."
   return Chart("throughput", title, note, draw)
 

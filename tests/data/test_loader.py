@@ -17,10 +17,10 @@ from moejax.data import (
   file_batches,
   load_batches,
   load_tokenizer,
+  loader,
   rows_from_texts,
   validation_batches,
 )
-from moejax.data import loader
 from moejax.data.packing import model_inputs
 from moejax.errors import DataError
 from tests.data.helpers import make_stores
@@ -229,12 +229,12 @@ def test_a_damaged_record_is_named(tmp_path, num_workers):
   data = bytearray(path.read_bytes())
   data[1000] ^= 1
   path.write_bytes(data)
+  count = -(-store.rows("train") // B)
   with (
     load_batches(stores, config, "train", B, 0) as batches,
     pytest.raises(DataError, match=rf"{path.name}: row \d+ is unreadable"),
   ):
-    for _ in range(-(-store.rows("train") // B)):
-      next(batches)
+    list(itertools.islice(batches, count))
 
 
 def test_uneven_shards_are_refused(made):

@@ -80,7 +80,7 @@ def test_parquet(tmp_path):
   table = pa.table({"content": [*TEXTS, None], "id": range(len(TEXTS) + 1)})
   parquet.write_table(table, path, row_group_size=2)
   assert read_texts(path, "content") == [*TEXTS, ""]
-  with pytest.raises(DataError, match="no column 'text'.*content, id"):
+  with pytest.raises(DataError, match=r"no column 'text'.*content, id"):
     read_texts(path)
   path.write_bytes(path.read_bytes()[:-10])
   with pytest.raises(DataError, match=r"data.parquet is not a Parquet file"):
@@ -102,7 +102,9 @@ def test_invalid_utf8_is_replaced_and_counted(tmp_path):
   assert doc.replaced == 2
 
   path = tmp_path / "b.jsonl"
-  path.write_bytes(b'{"text": "a\xff"}\n{"text": "lone \\ud800 \\ud83d\\ude00"}\n')
+  path.write_bytes(
+    b'{"text": "a\xff"}\n{"text": "lone \\ud800 \\ud83d\\ude00"}\n'
+  )
   one, two = read_all(path)
   assert (one.text, one.replaced) == ("a\ufffd", 1)
   assert (two.text, two.replaced) == ("lone \ufffd 😀", 1)

@@ -10,7 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from moejax.data import load_tokenizer, open_stores, train_tokenizer
+from moejax.data import (
+  load_tokenizer,
+  open_stores,
+  sources,
+  train_tokenizer,
+)
 from moejax.data.store import TokenStore, read_manifest
 from moejax.errors import DataError
 from tests.data.helpers import make_stores
@@ -23,7 +28,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-  """A copy of the store to damage; copies are not known to be checked."""
+  """A copy of the store to damage."""
   copy = tmp_path / "copy"
   shutil.copytree(made[1].stores[0].folder, copy)
   return copy
@@ -67,8 +72,7 @@ def test_a_bit_that_flips_after_the_check_is_found_on_reading(folder):
   flip(shard, 70_000, keep_time=True)
   store = TokenStore.open(folder, load_tokenizer("byte"))
   with pytest.raises(DataError, match=rf"{shard.name}: row \d+ is unreadable"):
-    for row in range(store.rows("train")):
-      store.read("train", row)
+    [store.read("train", row) for row in range(store.rows("train"))]
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
@@ -77,28 +81,34 @@ def test_truncated_and_missing_shards_are_named(folder, damage):
   TokenStore.open(folder, load_tokenizer("byte"))  # sizes are checked always
   if damage == "truncate":
     shard.write_bytes(shard.read_bytes()[:-100])
+    message = f"{shard.name} has \\d+ bytes instead of \\d+"
   else:
     shard.unlink()
-  with pytest.raises(DataError, match=shard.name):
+    message = f"{shard.name}: No such file"
+  with pytest.raises(DataError, match=message):
     TokenStore.open(folder, load_tokenizer("byte"))
 
 
-def test_digests_are_computed_once(folder, monkeypatch):
-  TokenStore.open(folder, load_tokenizer("byte"))
+def test_digests_are_computed_once_for_each_copy(folder, monkeypatch):
+  read = []
+  digest = sources.file_digest
   monkeypatch.setattr(
-    "moejax.data.sources.file_digest", lambda path: pytest.fail("read again")
+    sources, "file_digest", lambda path: read.append(path) or digest(path)
   )
-  TokenStore.open(folder, load_tokenizer("byte"))
-  (folder / "verified.json").write_text("{}")
-  with pytest.raises(pytest.fail.Exception, match="read again"):
+  shards = len(list(folder.glob("token_store-*")))
+  for _ in range(3):
     TokenStore.open(folder, load_tokenizer("byte"))
+  assert len(read) == shards
+  (folder / "verified.json").write_text("not JSON")
+  TokenStore.open(folder, load_tokenizer("byte"))
+  assert len(read) == 2 * shards
 
 
 def test_another_tokenizer_is_refused_by_both_names(folder, tmp_path):
   texts = ["some text to train on " * 20] * 20
   other = train_tokenizer(texts, 300, tmp_path / "bpe")
-  mine = load_tokenizer("byte").digest[:12]
-  with pytest.raises(DataError, match=f"{mine} there, {other.digest[:12]} here"):
+  mine, others = load_tokenizer("byte").digest[:12], other.digest[:12]
+  with pytest.raises(DataError, match=f"{mine} there, {others} here"):
     TokenStore.open(folder, other)
 
 

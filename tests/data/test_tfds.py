@@ -97,7 +97,7 @@ def test_unknown_datasets_and_splits_are_one_line(spec, change, message):
 
 
 def test_an_unknown_field_names_those_there_are(spec):
-  with pytest.raises(DataError, match="no field 'text'; .*body, n"):
+  with pytest.raises(DataError, match=r"no field 'text'; .*body, n"):
     sources.open_source(spec, "text")
 
 

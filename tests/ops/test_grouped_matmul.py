@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every back end that a CPU can run against numpy in float64."""
+
 import functools
 
 import jax
@@ -7,30 +8,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops.grouped_matmul import choose_backend
-from moejax.ops.grouped_matmul import describe
-from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.ops.grouped_matmul import (
+  choose_backend,
+  cpu,
+  cpu_ffi,
+  describe,
+  grouped_matmul,
+)
 
 BACKENDS = ("reference", "cpu", "cpu_loops")
 # name: (rows, D, F, group sizes)
 CASES = {
-    "even": (32, 8, 16, [8, 8, 8, 8]),
-    "zeros_and_ones": (30, 7, 5, [0, 1, 0, 13, 1, 15, 0]),
-    "rows_beyond": (50, 9, 11, [3, 0, 10, 1]),
-    "one_takes_all": (129, 33, 17, [0, 0, 129, 0]),
-    "all_empty": (6, 4, 3, [0, 0, 0]),
-    "one_row": (1, 3, 2, [0, 1]),
-    "one_expert": (19, 6, 10, [19]),
-    "single_values": (5, 1, 1, [2, 0, 3]),
-    "decode": (8, 64, 48, [0] * 20 + [1, 0, 1, 2] + [0] * 37 + [1, 0, 3]),
-    "skewed": (700, 40, 24, [1, 333, 0, 5, 64, 65, 63, 31, 0, 100]),
-    "many_parts": (3000, 160, 192, [0, 1700, 3, 0, 2, 900, 1, 300]),
+  "even": (32, 8, 16, [8, 8, 8, 8]),
+  "zeros_and_ones": (30, 7, 5, [0, 1, 0, 13, 1, 15, 0]),
+  "rows_beyond": (50, 9, 11, [3, 0, 10, 1]),
+  "one_takes_all": (129, 33, 17, [0, 0, 129, 0]),
+  "all_empty": (6, 4, 3, [0, 0, 0]),
+  "one_row": (1, 3, 2, [0, 1]),
+  "one_expert": (19, 6, 10, [19]),
+  "single_values": (5, 1, 1, [2, 0, 3]),
+  "decode": (8, 64, 48, [0] * 20 + [1, 0, 1, 2] + [0] * 37 + [1, 0, 3]),
+  "skewed": (700, 40, 24, [1, 333, 0, 5, 64, 65, 63, 31, 0, 100]),
+  "many_parts": (3000, 160, 192, [0, 1700, 3, 0, 2, 900, 1, 300]),
 }
 
 
 def oracle(lhs_AD, rhs_EDF, sizes, d_out_AF):
   """Forward and both gradients, float64, a loop over the groups."""
-  lhs, rhs, dy = (np.asarray(x, np.float64) for x in (lhs_AD, rhs_EDF, d_out_AF))
+  lhs, rhs, dy = (
+    np.asarray(x, np.float64) for x in (lhs_AD, rhs_EDF, d_out_AF)
+  )
   out, d_lhs = np.zeros(dy.shape), np.zeros(lhs.shape)
   d_rhs = np.zeros(rhs.shape)
   start = 0
@@ -46,12 +53,11 @@ def oracle(lhs_AD, rhs_EDF, sizes, d_out_AF):
 def inputs(case, dtype=jnp.float32, seed=0):
   num_rows, d, f, sizes = CASES[case]
   rng = np.random.default_rng(seed)
-  draw = lambda *shape: np.array(
-      jnp.asarray(rng.standard_normal(shape), dtype))
+  draw = lambda *shape: np.array(jnp.asarray(rng.standard_normal(shape), dtype))
   lhs_AD, rhs_EDF = draw(num_rows, d), draw(len(sizes), d, f)
   d_out_AF = draw(num_rows, f)
-  lhs_AD[sum(sizes):] = np.nan  # must not leak anywhere
-  d_out_AF[sum(sizes):] = np.nan
+  lhs_AD[sum(sizes) :] = np.nan  # must not leak anywhere
+  d_out_AF[sum(sizes) :] = np.nan
   return lhs_AD, rhs_EDF, np.array(sizes, np.int32), d_out_AF
 
 
@@ -71,10 +77,21 @@ def value_and_gradients(lhs_AD, rhs_EDF, sizes_E, d_out_AF, backend):
   return out_AF, *vjp(d_out_AF)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case, dtype", [
-    *((case, jnp.float32) for case in CASES),
-    ("zeros_and_ones", jnp.bfloat16), ("skewed", jnp.bfloat16)])
+# The loops take a second to compile, so they get the cases that differ there.
+FEW = ("zeros_and_ones", "one_takes_all", "all_empty", "skewed")
+
+
+@pytest.mark.parametrize(
+  "case, dtype, backend",
+  [
+    (case, dtype, backend)
+    for backend in BACKENDS
+    for case in CASES
+    for dtype in (jnp.float32, jnp.bfloat16)
+    if (backend != "cpu_loops" or case in FEW)
+    and (dtype == jnp.float32 or case in ("zeros_and_ones", "skewed"))
+  ],
+)
 def test_values_and_gradients(case, dtype, backend):
   lhs_AD, rhs_EDF, sizes_E, d_out_AF = inputs(case, dtype)
   got = value_and_gradients(lhs_AD, rhs_EDF, sizes_E, d_out_AF, backend)
@@ -98,17 +115,23 @@ def test_mixed_types_keep_their_own(backend):
   assert [x.dtype for x in got] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
   want = oracle(lhs_AD, rhs_EDF, sizes_E, d_out_AF)
   for x, y in zip(got, want):
-    assert_close(x, y, 8e-3)
+    # Gradients of a float32 weight are not rounded to the rows' type.
+    assert_close(x, y, 4e-3 if x.dtype == jnp.bfloat16 else 1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(0, 4, 3, 2), (5, 0, 3, 2), (5, 4, 0, 2),
-                                   (5, 4, 3, 0)])
+@pytest.mark.parametrize(
+  "shape", [(0, 4, 3, 2), (5, 0, 3, 2), (5, 4, 0, 2), (5, 4, 3, 0)]
+)
 def test_nothing_to_multiply(shape, backend):
   a, d, f, e = shape
   got = value_and_gradients(
-      jnp.ones((a, d)), jnp.ones((e, d, f)), jnp.zeros(e, jnp.int32),
-      jnp.ones((a, f)), backend)
+    jnp.ones((a, d)),
+    jnp.ones((e, d, f)),
+    jnp.zeros(e, jnp.int32),
+    jnp.ones((a, f)),
+    backend,
+  )
   assert [x.shape for x in got] == [(a, f), (a, d), (e, d, f)]
   assert not any(np.asarray(x).any() for x in got)
 
@@ -125,6 +148,7 @@ def test_scan_and_remat(backend):
     @jax.checkpoint
     def layer(x_AD, w_and_sizes):
       return jnp.tanh(multiply(x_AD, *w_and_sizes)), None
+
     return (jax.lax.scan(layer, x_AD, (w_LEDD, sizes_LE))[0] ** 2).sum()
 
   def plain(x_AD, w_EDF, sizes_E):
@@ -132,8 +156,10 @@ def test_scan_and_remat(backend):
     expert_A = jnp.searchsorted(jnp.cumsum(sizes_E), row_A, side="right")
     one_hot_AE = jax.nn.one_hot(expert_A, len(sizes_E))  # 0 for rows beyond
     return jnp.einsum("AE,AD,EDF->AF", one_hot_AE, x_AD, w_EDF)
-  run = lambda multiply: jax.jit(jax.value_and_grad(
-      functools.partial(loss, multiply=multiply), (0, 1)))(lhs_AD, w_LEDD)
+
+  run = lambda multiply: jax.jit(
+    jax.value_and_grad(functools.partial(loss, multiply=multiply), (0, 1))
+  )(lhs_AD, w_LEDD)
   got = run(functools.partial(grouped_matmul, backend=backend))
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(run(plain))):
     assert_close(x, np.asarray(y, np.float64), 1e-5)
@@ -143,34 +169,50 @@ def test_scan_and_remat(backend):
 def test_vmap_is_not_silently_wrong(backend):
   lhs_AD, rhs_EDF, sizes_E, d_out_AF = inputs("zeros_and_ones")
   sizes_BE = np.stack([sizes_E, sizes_E[::-1]])
-  out_BAF = jax.vmap(lambda s: grouped_matmul(
-      lhs_AD, rhs_EDF, s, backend=backend))(sizes_BE)
+  out_BAF = jax.vmap(
+    lambda s: grouped_matmul(lhs_AD, rhs_EDF, s, backend=backend)
+  )(sizes_BE)
   for sizes, out_AF in zip(sizes_BE, out_BAF):
     want = oracle(lhs_AD, rhs_EDF, sizes, d_out_AF)[0]
     assert_close(out_AF, want, 1e-6)
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     (dict(lhs=jnp.ones((4, 2, 2))), "expected"),
     (dict(lhs=jnp.ones((4, 2))), "D=2 but rhs has D=3"),
     (dict(sizes=jnp.ones(5, jnp.int32)), "E=2 groups but there are 5 sizes"),
     (dict(sizes=jnp.ones(2)), "not integers"),
     (dict(lhs=jnp.ones((4, 3), jnp.int32)), "lhs is int32"),
     (dict(backend="cudnn"), "'cudnn'; known: auto, reference, cpu"),
-])
+  ],
+)
 def test_a_wrong_call_is_one_clear_line(change, message):
-  call = dict(lhs=jnp.ones((4, 3)), rhs=jnp.ones((2, 3, 5)),
-              sizes=jnp.array([1, 2]), backend="cpu") | change
+  call = (
+    dict(
+      lhs=jnp.ones((4, 3)),
+      rhs=jnp.ones((2, 3, 5)),
+      sizes=jnp.array([1, 2]),
+      backend="cpu",
+    )
+    | change
+  )
   with pytest.raises(ValueError) as e:
-    grouped_matmul(call["lhs"], call["rhs"], call["sizes"],
-                   backend=call["backend"])
+    grouped_matmul(
+      call["lhs"], call["rhs"], call["sizes"], backend=call["backend"]
+    )
   assert message in str(e.value)
   assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("sizes, message", [
+@pytest.mark.parametrize(
+  "sizes, message",
+  [
     ([3, 2], "group_sizes sum to 5, but there are only 4 rows"),
-    ([3, -1], r"group_sizes\[1\] is -1; sizes cannot be negative")])
+    ([3, -1], r"group_sizes\[1\] is -1; sizes cannot be negative"),
+  ],
+)
 def test_cpu_refuses_impossible_sizes(sizes, message):
   f = jax.jit(functools.partial(grouped_matmul, backend="cpu"))
   args = jnp.ones((4, 3)), jnp.ones((2, 3, 5)), jnp.array(sizes, jnp.int32)
@@ -179,6 +221,37 @@ def test_cpu_refuses_impossible_sizes(sizes, message):
     jax.block_until_ready(f(*args))
   # The next call is not affected.
   assert float(f(*args[:2], jnp.array([3, 1])).sum()) == 4 * 3 * 5
+
+
+class FourThreads:
+  """Stands in for XLA's pool: the jobs in an unhelpful order."""
+
+  def num_threads(self):
+    return 4
+
+  def run(self, jobs, threads):
+    assert threads == 4
+    for job in reversed(jobs):
+      job()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_kernels_write_every_element(case, monkeypatch):
+  """XLA hands out memory as it comes; fresh memory is zero by luck."""
+  monkeypatch.setattr(cpu, "_CORES", 4)
+  monkeypatch.setattr(cpu, "_MIN_PART_SECONDS", 1e-7)  # many small parts
+  lhs_AD, rhs_EDF, sizes_E, d_out_AF = inputs(case)
+  want = oracle(lhs_AD, rhs_EDF, sizes_E, d_out_AF)
+  got = [np.full(x.shape, np.nan, np.float32) for x in want]
+  buffer = lambda x: cpu_ffi.Buffer(0, x.ctypes.data, x.shape)
+  lhs, rhs, sizes, dy = map(buffer, (lhs_AD, rhs_EDF, sizes_E, d_out_AF))
+  out, d_lhs, d_rhs = map(buffer, got)
+  pool = FourThreads()
+  cpu._gmm((lhs, rhs, sizes), (out,), pool, transposed=False)
+  cpu._gmm((dy, rhs, sizes), (d_lhs,), pool, transposed=True)
+  cpu._tgmm((lhs, dy, sizes), (d_rhs,), pool)
+  for x, y in zip(got, want):
+    assert_close(x, y, 1e-6)
 
 
 @pytest.mark.parametrize("requested", ["auto", "cpu", "reference"])
@@ -194,13 +267,15 @@ def test_choose_backend_unknown():
 
 
 def test_an_unknown_platform_falls_back_with_a_warning():
-  with pytest.warns(UserWarning, match="no kernel for platform 'abacus'.*E times"):
+  with pytest.warns(
+    UserWarning, match="no kernel for platform 'abacus'.*E times"
+  ):
     name, _ = choose_backend("abacus")
   assert name == "reference"
 
 
 def test_without_blas_falls_back_with_a_warning(monkeypatch):
-  from moejax.ops.grouped_matmul import cpu
+
   monkeypatch.setattr(cpu, "unavailable", lambda: "no scipy")
   with pytest.warns(UserWarning, match="'cpu_loops': no scipy; .*speed"):
     name, _ = choose_backend("cpu")
@@ -208,11 +283,17 @@ def test_without_blas_falls_back_with_a_warning(monkeypatch):
   with pytest.raises(ValueError, match="'cpu' cannot run: no scipy"):
     choose_backend("cpu", "cpu")
   with pytest.raises(RuntimeError, match="no scipy"):
-    grouped_matmul(jnp.ones((1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1, int),
-                   backend="cpu")
+    grouped_matmul(
+      jnp.ones((1, 1)), jnp.ones((1, 1, 1)), jnp.ones(1, int), backend="cpu"
+    )
 
 
 def test_describe_names_every_backend():
   lines = describe().splitlines()
   assert [line.split(":")[0] for line in lines] == [
-      "reference", "cpu", "cpu_loops", "tpu", "gpu"]
+    "reference",
+    "cpu",
+    "cpu_loops",
+    "tpu",
+    "gpu",
+  ]

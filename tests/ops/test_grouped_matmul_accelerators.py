@@ -10,17 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops.grouped_matmul import choose_backend
-from moejax.ops.grouped_matmul import gpu
-from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.ops.grouped_matmul import reference
-from moejax.ops.grouped_matmul import tpu
+from moejax.ops.grouped_matmul import (
+  choose_backend,
+  gpu,
+  grouped_matmul,
+  reference,
+  tpu,
+)
 
 # Rows, D, F and group sizes: none is a multiple of a tile.
 CASES = {
-    "uneven": (300, 150, 70, [0, 129, 1, 0, 100, 40]),
-    "all_empty": (20, 16, 8, [0, 0]),
-    "tiny": (3, 8, 130, [1, 0, 2]),
+  "uneven": (300, 150, 70, [0, 129, 1, 0, 100, 40]),
+  "all_empty": (20, 16, 8, [0, 0]),
+  "tiny": (3, 8, 130, [1, 0, 2]),
 }
 
 
@@ -29,8 +31,8 @@ def inputs(case, dtype=np.float32):
   rng = np.random.default_rng(0)
   draw = lambda *shape: np.array(jnp.asarray(rng.standard_normal(shape), dtype))
   x, w, dy = draw(rows, d), draw(len(sizes), d, f), draw(rows, f)
-  x[sum(sizes):] = np.nan
-  dy[sum(sizes):] = np.nan
+  x[sum(sizes) :] = np.nan
+  dy[sum(sizes) :] = np.nan
   return x, w, np.array(sizes, np.int32), dy
 
 
@@ -47,49 +49,74 @@ def rank_promotion():
     yield
 
 
-@pytest.mark.parametrize("case", [
-    "tiny", *(pytest.param(x, marks=pytest.mark.slow)
-              for x in ("uneven", "all_empty"))])
+@pytest.mark.parametrize(
+  "case",
+  [
+    "tiny",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("uneven", "all_empty")),
+  ],
+)
 def test_tpu_kernels_interpreted(case):
   x, w, sizes, dy = inputs(case)
   run = lambda kernel, *args: kernel(*args, interpret=True)
   assert_same(run(tpu.gmm, x, w, sizes), reference.gmm(x, w, sizes))
-  assert_same(run(tpu.gmm_transposed, dy, w, sizes),
-              reference.gmm_transposed(dy, w, sizes))
-  assert_same(run(tpu.tgmm, x, dy, sizes, jnp.float32),
-              reference.tgmm(x, dy, sizes, jnp.float32))
+  assert_same(
+    run(tpu.gmm_transposed, dy, w, sizes),
+    reference.gmm_transposed(dy, w, sizes),
+  )
+  assert_same(
+    run(tpu.tgmm, x, dy, sizes, jnp.float32),
+    reference.tgmm(x, dy, sizes, jnp.float32),
+  )
 
 
 def test_tpu_kernels_interpreted_bfloat16():
   x, w, sizes, dy = inputs("uneven", jnp.bfloat16)
-  assert_same(tpu.gmm(x, w, sizes, interpret=True),
-              reference.gmm(x, w, sizes), 4e-3)
-  assert_same(tpu.tgmm(x, dy, sizes, jnp.float32, interpret=True),
-              reference.tgmm(x, dy, sizes, jnp.float32), 1e-5)
+  assert_same(
+    tpu.gmm(x, w, sizes, interpret=True), reference.gmm(x, w, sizes), 4e-3
+  )
+  assert_same(
+    tpu.tgmm(x, dy, sizes, jnp.float32, interpret=True),
+    reference.tgmm(x, dy, sizes, jnp.float32),
+    1e-5,
+  )
 
 
 def test_tpu_kernels_with_several_tiles(monkeypatch):
   """Otherwise small sizes would always be one tile in k and n."""
-  monkeypatch.setattr(tpu, "choose_tiles", lambda *_, **__: tpu.Tiles(
-      128, 128, 128))
+  monkeypatch.setattr(
+    tpu, "choose_tiles", lambda *_, **__: tpu.Tiles(128, 128, 128)
+  )
   x, w, sizes, dy = inputs("uneven")
   w, dy = np.concatenate([w, w], 2), np.concatenate([dy, dy], 1)
-  assert_same(tpu.gmm(x, w, sizes, interpret=True),
-              reference.gmm(x, w, sizes))
-  assert_same(tpu.gmm_transposed(dy, w, sizes, interpret=True),
-              reference.gmm_transposed(dy, w, sizes))
-  assert_same(tpu.tgmm(x, dy, sizes, jnp.float32, interpret=True),
-              reference.tgmm(x, dy, sizes, jnp.float32))
+  assert_same(tpu.gmm(x, w, sizes, interpret=True), reference.gmm(x, w, sizes))
+  assert_same(
+    tpu.gmm_transposed(dy, w, sizes, interpret=True),
+    reference.gmm_transposed(dy, w, sizes),
+  )
+  assert_same(
+    tpu.tgmm(x, dy, sizes, jnp.float32, interpret=True),
+    reference.tgmm(x, dy, sizes, jnp.float32),
+  )
 
 
-@pytest.mark.parametrize("sizes", [
-    (32768, 2048, 1024, 64), (32768, 1024, 2048, 64), (4096, 1024, 2816, 8),
-    (131072, 6144, 10752, 16), (8, 2048, 1024, 64), (1000, 100, 70, 3),
-    (128, 129, 16384, 1), (500, 30000, 30001, 2)])
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    (32768, 2048, 1024, 64),
+    (32768, 1024, 2048, 64),
+    (4096, 1024, 2816, 8),
+    (131072, 6144, 10752, 16),
+    (8, 2048, 1024, 64),
+    (1000, 100, 70, 3),
+    (128, 129, 16384, 1),
+    (500, 30000, 30001, 2),
+  ],
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_tiles_fit_and_are_legal(sizes, dtype, transposed):
-  m, k, n, _ = sizes
+  _, k, n, _ = sizes
   tiles = tpu.choose_tiles(*sizes, dtype, transposed)
   itemsize = jnp.dtype(dtype).itemsize
   operands = tiles.m * (tiles.k + tiles.n) + tiles.k * tiles.n
@@ -108,12 +135,22 @@ def test_tiles_follow_the_sizes():
 
 def lower(platform, backend, dtype=jnp.bfloat16, rows=4096):
   shape = jax.ShapeDtypeStruct
+
   def loss(x, w, sizes):
-    return grouped_matmul(x, w, sizes, backend=backend).astype(
-        jnp.float32).sum()
-  return jax.jit(jax.value_and_grad(loss, (0, 1))).trace(
-      shape((rows, 256), dtype), shape((8, 256, 512), dtype),
-      shape((8,), jnp.int32)).lower(lowering_platforms=(platform,)).as_text()
+    return (
+      grouped_matmul(x, w, sizes, backend=backend).astype(jnp.float32).sum()
+    )
+
+  return (
+    jax.jit(jax.value_and_grad(loss, (0, 1)))
+    .trace(
+      shape((rows, 256), dtype),
+      shape((8, 256, 512), dtype),
+      shape((8,), jnp.int32),
+    )
+    .lower(lowering_platforms=(platform,))
+    .as_text()
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
@@ -134,14 +171,20 @@ def test_gpu_without_tokamax_is_right_and_says_so(monkeypatch):
   assert "tokamax is missing" in reason
   x, w, sizes, dy = inputs("uneven")
   assert_same(jax.jit(gpu.gmm)(x, w, sizes), reference.gmm(x, w, sizes))
-  assert_same(jax.jit(gpu.gmm_transposed)(dy, w, sizes),
-              reference.gmm_transposed(dy, w, sizes))
-  assert_same(jax.jit(gpu.tgmm, static_argnums=3)(x, dy, sizes, jnp.float32),
-              reference.tgmm(x, dy, sizes, jnp.float32))
+  assert_same(
+    jax.jit(gpu.gmm_transposed)(dy, w, sizes),
+    reference.gmm_transposed(dy, w, sizes),
+  )
+  assert_same(
+    jax.jit(gpu.tgmm, static_argnums=3)(x, dy, sizes, jnp.float32),
+    reference.tgmm(x, dy, sizes, jnp.float32),
+  )
 
 
-@pytest.mark.parametrize("platform, requested", [
-    ("cpu", "tpu"), ("tpu", "cpu"), ("cpu", "gpu"), ("gpu", "tpu")])
+@pytest.mark.parametrize(
+  "platform, requested",
+  [("cpu", "tpu"), ("tpu", "cpu"), ("cpu", "gpu"), ("gpu", "tpu")],
+)
 def test_a_backend_of_another_platform_is_refused(platform, requested):
   with pytest.raises(ValueError, match=f"'{requested}' .* not {platform}"):
     choose_backend(platform, requested)

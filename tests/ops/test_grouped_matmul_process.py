@@ -4,6 +4,7 @@
 Its handlers are Python functions on XLA's threads, so what is tried here is
 what could deadlock: collectives between them, a busy interpreter, shutdown.
 """
+
 import os
 import subprocess
 import sys
@@ -20,18 +21,28 @@ from moejax.ops.grouped_matmul import grouped_matmul
 
 
 def run(code: str, devices: int = 1, timeout: int = 300, **env) -> str:
-  env = {**os.environ, **env, "JAX_PLATFORMS": "cpu", "XLA_FLAGS":
-         f"--xla_force_host_platform_device_count={devices}"}
+  env = {
+    **os.environ,
+    **env,
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
   done = subprocess.run(
-      [sys.executable, "-c", SETUP + textwrap.dedent(code)], env=env,
-      timeout=timeout, capture_output=True, text=True, check=False)
+    [sys.executable, "-c", SETUP + textwrap.dedent(code)],
+    env=env,
+    timeout=timeout,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
 
 
 @pytest.mark.parametrize("busy", [False, True])
 def test_shard_map_with_collectives_on_8_devices(busy):
-  out = run(f"""
+  out = run(
+    f"""
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     rng = np.random.default_rng(0)
     draw = lambda *s: rng.standard_normal(s, dtype=np.float32) / 4
@@ -70,7 +81,9 @@ def test_shard_map_with_collectives_on_8_devices(busy):
       error = np.linalg.norm(a - b) / np.linalg.norm(b)
       assert error < 1e-5, error
     print("same")
-  """, devices=8)
+  """,
+    devices=8,
+  )
   assert out == "same\n"
 
 
@@ -86,11 +99,14 @@ PROGRAM = """
 
 def test_exit_with_programs_still_running():
   """Their handlers need the interpreter, which is about to shut down."""
-  out = run(PROGRAM.format(length=300) + """
+  out = run(
+    PROGRAM.format(length=300)
+    + """
     f(x)
     y = f(x)
     print("started")
-  """)
+  """
+  )
   assert out == "started\n"
 
 
@@ -101,9 +117,11 @@ def test_exit_after_an_exception():
 
 def test_compiled_program_from_the_cache(tmp_path):
   """Another process must find the handlers by name."""
-  env = dict(JAX_COMPILATION_CACHE_DIR=str(tmp_path),
-             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-             JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1")
+  env = dict(
+    JAX_COMPILATION_CACHE_DIR=str(tmp_path),
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
+  )
   code = PROGRAM.format(length=2) + "    print(float(f(x)))\n"
   first = run(code, **env)
   entries = set(tmp_path.glob("jit_f-*-cache"))

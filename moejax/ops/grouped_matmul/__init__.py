@@ -4,15 +4,18 @@
 One function, one VJP. A back end supplies three products: `gmm`,
 `gmm_transposed` (for d_lhs) and `tgmm` (for d_rhs).
 """
+
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.ops.grouped_matmul.backends import kernels_of
-from moejax.ops.grouped_matmul.backends import choose_backend
-from moejax.ops.grouped_matmul.backends import describe
+from moejax.ops.grouped_matmul.backends import (
+  choose_backend,
+  describe,
+  kernels_of,
+)
 
 __all__ = ["grouped_matmul", "choose_backend", "describe"]
 
@@ -37,7 +40,8 @@ def grouped_matmul(lhs_AD, rhs_EDF, group_sizes_E, *, backend: str):
   if 0 in (*lhs_AD.shape, *rhs_EDF.shape):
     return jnp.zeros((lhs_AD.shape[0], rhs_EDF.shape[2]), lhs_AD.dtype)
   return _grouped_matmul(
-      lhs_AD, rhs_EDF, jnp.asarray(group_sizes_E, jnp.int32), backend)
+    lhs_AD, rhs_EDF, jnp.asarray(group_sizes_E, jnp.int32), backend
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -69,15 +73,19 @@ def _check(lhs_AD, rhs_EDF, group_sizes_E) -> None:
     raise ValueError(said + "expected [A, D], [E, D, F] and [E]")
   if lhs_AD.shape[1] != rhs_EDF.shape[1]:
     raise ValueError(
-        f"{said}lhs has D={lhs_AD.shape[1]} but rhs has D={rhs_EDF.shape[1]}")
+      f"{said}lhs has D={lhs_AD.shape[1]} but rhs has D={rhs_EDF.shape[1]}"
+    )
   if rhs_EDF.shape[0] != group_sizes_E.shape[0]:
     raise ValueError(
-        f"{said}rhs has E={rhs_EDF.shape[0]} groups but there are "
-        f"{group_sizes_E.shape[0]} sizes")
+      f"{said}rhs has E={rhs_EDF.shape[0]} groups but there are "
+      f"{group_sizes_E.shape[0]} sizes"
+    )
   for name, x in ("lhs", lhs_AD), ("rhs", rhs_EDF):
     if x.dtype not in _DTYPES:
-      raise ValueError(f"grouped_matmul: {name} is {x.dtype}; "
-                       "use float32 or bfloat16")
+      raise ValueError(
+        f"grouped_matmul: {name} is {x.dtype}; use float32 or bfloat16"
+      )
   if not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
     raise ValueError(
-        f"grouped_matmul: group_sizes are {group_sizes_E.dtype}, not integers")
+      f"grouped_matmul: group_sizes are {group_sizes_E.dtype}, not integers"
+    )

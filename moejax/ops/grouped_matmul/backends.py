@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which back ends there are, and which one a platform gets."""
+
 import importlib
 import types
 import warnings
@@ -7,30 +8,33 @@ import warnings
 import jax
 
 _SUMMARY = {
-    "reference": "every expert for every row, float32; E times the work",
-    "cpu": "one scipy BLAS product per group, on XLA's threads",
-    "cpu_loops": "row tiles in XLA loops; any platform, no BLAS needed",
-    "tpu": "megablox Pallas kernels, tiles chosen from the sizes",
-    "gpu": "tokamax's Triton and Mosaic kernels, else lax.ragged_dot",
+  "reference": "every expert for every row, float32; E times the work",
+  "cpu": "one scipy BLAS product per group, on XLA's threads",
+  "cpu_loops": "row tiles in XLA loops; any platform, no BLAS needed",
+  "tpu": "megablox Pallas kernels, tiles chosen from the sizes",
+  "gpu": "tokamax's Triton and Mosaic kernels, else lax.ragged_dot",
 }
 _AUTO = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}
 _ANYWHERE = ("reference", "cpu_loops")
 _COST = {
-    "cpu_loops": "XLA loops run at about 0.6 of its speed",
-    "reference": "it does E times the arithmetic",
+  "cpu_loops": "XLA loops run at about 0.6 of its speed",
+  "reference": "it does E times the arithmetic",
 }
 
 
 def kernels_of(name: str) -> types.ModuleType:
   """The module with a back end's `gmm`, `gmm_transposed` and `tgmm`."""
   if name not in _SUMMARY:
-    raise ValueError(f"unknown grouped_matmul backend {name!r}; "
-                     f"known: auto, {', '.join(_SUMMARY)}")
+    raise ValueError(
+      f"unknown grouped_matmul backend {name!r}; "
+      f"known: auto, {', '.join(_SUMMARY)}"
+    )
   return importlib.import_module(f"moejax.ops.grouped_matmul.{name}")
 
 
 def choose_backend(
-    platform: str | None = None, requested: str = "auto") -> tuple[str, str]:
+  platform: str | None = None, requested: str = "auto"
+) -> tuple[str, str]:
   """Resolves `requested` to a back end; call it once, at start-up.
 
   Args:
@@ -53,7 +57,9 @@ def choose_backend(
   if name not in _ANYWHERE and name != _AUTO.get(platform):
     reason = f"it is for {name}, not {platform}"
   if reason:
-    raise ValueError(f"grouped_matmul backend {requested!r} cannot run: {reason}")
+    raise ValueError(
+      f"grouped_matmul backend {requested!r} cannot run: {reason}"
+    )
   line = f"{name} ({requested} on {platform}): {_SUMMARY[name]}"
   slow = getattr(kernels_of(name), "slow", lambda: None)()
   if slow:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped matmul on a CPU: one BLAS product per group, nothing copied or padded.
+"""Grouped matmul on a CPU: one BLAS product per group; no copies, no padding.
 
 Three custom calls, whose handlers are Python functions that hand addresses to
 scipy's BLAS (`cpu_blas`) on XLA's threads (`cpu_ffi`). float32 inside; other
 types are converted around the call.
 """
+
 import atexit
 import ctypes
 import functools
@@ -13,8 +14,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from moejax.ops.grouped_matmul import cpu_blas
-from moejax.ops.grouped_matmul import cpu_ffi
+from moejax.ops.grouped_matmul import cpu_blas, cpu_ffi
 
 _PARTS_PER_THREAD = 4  # parts are taken as threads come free
 _MIN_PART_SECONDS = 2e-4  # less is not worth waking a thread for
@@ -27,15 +27,22 @@ _CORES = os.cpu_count() or 1
 def gmm(lhs_AD, rhs_EDF, group_sizes_E):
   """`lhs_AD @ rhs_EDF[group]` -> `[A, F]`; zeros beyond the last group."""
   shape = lhs_AD.shape[0], rhs_EDF.shape[2]
-  return _call("moejax_gmm", shape, lhs_AD, rhs_EDF, group_sizes_E,
-               lhs_AD.dtype)
+  return _call(
+    "moejax_gmm", shape, lhs_AD, rhs_EDF, group_sizes_E, lhs_AD.dtype
+  )
 
 
 def gmm_transposed(d_out_AF, rhs_EDF, group_sizes_E):
   """`d_out_AF @ rhs_EDF[group].T` -> `[A, D]`; zeros beyond the last group."""
   shape = d_out_AF.shape[0], rhs_EDF.shape[1]
-  return _call("moejax_gmm_transposed", shape, d_out_AF, rhs_EDF, group_sizes_E,
-               d_out_AF.dtype)
+  return _call(
+    "moejax_gmm_transposed",
+    shape,
+    d_out_AF,
+    rhs_EDF,
+    group_sizes_E,
+    d_out_AF.dtype,
+  )
 
 
 def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype):
@@ -51,7 +58,8 @@ def unavailable() -> str | None:
     cpu_blas.load()
     for name, function in _HANDLERS.items():
       jax.ffi.register_ffi_target(
-          name, jax.ffi.pycapsule(function), platform="cpu")
+        name, jax.ffi.pycapsule(function), platform="cpu"
+      )
     atexit.register(_finish_programs, os.getpid())
   except Exception as e:  # pylint: disable=broad-except
     return f"scipy's BLAS cannot be called ({type(e).__name__}: {e})"
@@ -76,7 +84,8 @@ def _call(name, shape, x, y, group_sizes_E, dtype):
   if reason := unavailable():
     raise RuntimeError(f"grouped_matmul backend 'cpu': {reason}")
   call = jax.ffi.ffi_call(
-      name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential"
+  )
   out = call(x.astype(jnp.float32), y.astype(jnp.float32), group_sizes_E)
   return out.astype(dtype)
 
@@ -90,12 +99,25 @@ def _gmm(args, rets, pool, transposed):
   _zero(out.data, n * sum(sizes_E), n * x.shape[0])
   threads = _num_threads(pool)
   layout = cpu_blas.Layout(False, transposed, k, f, n)
-  _run(layout, pool, threads, [
-      [cpu_blas.Product(stop - start, n, k, x.data + _FLOAT * k * start,
-                        weights.data + _FLOAT * d * f * expert,
-                        out.data + _FLOAT * n * start)
-       for expert, start, stop in part]
-      for part in _split(sizes_E, d * f, threads)])
+  _run(
+    layout,
+    pool,
+    threads,
+    [
+      [
+        cpu_blas.Product(
+          stop - start,
+          n,
+          k,
+          x.data + _FLOAT * k * start,
+          weights.data + _FLOAT * d * f * expert,
+          out.data + _FLOAT * n * start,
+        )
+        for expert, start, stop in part
+      ]
+      for part in _split(sizes_E, d * f, threads)
+    ],
+  )
 
 
 def _tgmm(args, rets, pool):
@@ -119,10 +141,16 @@ def _tgmm(args, rets, pool):
       first, rows = first_E[expert], sizes_E[expert]
       d0, d1 = ((row - first) * d // rows for row in (start, stop))
       if d0 < d1:
-        products.append(cpu_blas.Product(
-            d1 - d0, f, rows, x.data + _FLOAT * (d * first + d0),
+        products.append(
+          cpu_blas.Product(
+            d1 - d0,
+            f,
+            rows,
+            x.data + _FLOAT * (d * first + d0),
             dy.data + _FLOAT * f * first,
-            out.data + _FLOAT * f * (d * expert + d0)))
+            out.data + _FLOAT * f * (d * expert + d0),
+          )
+        )
     jobs.append(products)
   _run(layout, pool, threads, jobs)
 
@@ -132,11 +160,14 @@ def _read_sizes(sizes: cpu_ffi.Buffer, num_rows: int) -> list[int]:
   sizes_E = memory[:]
   if min(sizes_E) < 0:
     raise ValueError(
-        f"grouped_matmul: group_sizes[{sizes_E.index(min(sizes_E))}] is "
-        f"{min(sizes_E)}; sizes cannot be negative")
+      f"grouped_matmul: group_sizes[{sizes_E.index(min(sizes_E))}] is "
+      f"{min(sizes_E)}; sizes cannot be negative"
+    )
   if sum(sizes_E) > num_rows:
-    raise ValueError(f"grouped_matmul: group_sizes sum to {sum(sizes_E)}, but "
-                     f"there are only {num_rows} rows")
+    raise ValueError(
+      f"grouped_matmul: group_sizes sum to {sum(sizes_E)}, but "
+      f"there are only {num_rows} rows"
+    )
   return sizes_E
 
 
@@ -182,8 +213,11 @@ def _num_threads(pool) -> int:
 
 def _run(layout, pool, threads, parts) -> None:
   blas = cpu_blas.load()
-  jobs = [functools.partial(cpu_blas.multiply, blas, layout, products)
-          for products in parts if products]
+  jobs = [
+    functools.partial(cpu_blas.multiply, blas, layout, products)
+    for products in parts
+    if products
+  ]
   if len(jobs) > 1:
     pool.run(jobs, threads)
   elif jobs:
@@ -192,8 +226,9 @@ def _run(layout, pool, threads, parts) -> None:
 
 # Kept alive here for as long as XLA may call them: until the process ends.
 _HANDLERS = {
-    "moejax_gmm": cpu_ffi.handler(functools.partial(_gmm, transposed=False)),
-    "moejax_gmm_transposed": cpu_ffi.handler(
-        functools.partial(_gmm, transposed=True)),
-    "moejax_tgmm": cpu_ffi.handler(_tgmm),
+  "moejax_gmm": cpu_ffi.handler(functools.partial(_gmm, transposed=False)),
+  "moejax_gmm_transposed": cpu_ffi.handler(
+    functools.partial(_gmm, transposed=True)
+  ),
+  "moejax_tgmm": cpu_ffi.handler(_tgmm),
 }

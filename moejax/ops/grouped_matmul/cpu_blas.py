@@ -6,9 +6,11 @@ Cython; ctypes can call them as well. (Not `cblas_sgemm_batch`, one call for all
 products: in the OpenBLAS 0.3.30 of scipy's wheels it crashes when
 m * n * k <= 100**3; https://github.com/OpenMathLib/OpenBLAS/pull/5980.)
 """
+
 import ctypes as c
 import functools
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +20,19 @@ _MAX_VECTOR_ROWS = 4
 _INT = c.sizeof(c.c_int)
 _FLOAT = c.sizeof(c.c_float)
 # Fortran takes everything by address; these stay where they are.
-_CONSTANTS = (c.c_char(b"N"), c.c_char(b"T"), c.c_float(1), c.c_float(0),
-              c.c_int(1))
+_CONSTANTS = (
+  c.c_char(b"N"),
+  c.c_char(b"T"),
+  c.c_float(1),
+  c.c_float(0),
+  c.c_int(1),
+)
 _NO, _YES, _ONE, _ZERO, _STEP = map(c.addressof, _CONSTANTS)
 
 
 class Blas(NamedTuple):
   """The routines, and whether they keep to the calling thread."""
+
   sgemm: object
   sgemv: object
   threads_off: bool
@@ -32,6 +40,7 @@ class Blas(NamedTuple):
 
 class Layout(NamedTuple):
   """`C = op(A) @ op(B)`, row-major; the strides are the lengths of the rows."""
+
   transpose_a: bool
   transpose_b: bool
   stride_a: int
@@ -41,6 +50,7 @@ class Layout(NamedTuple):
 
 class Product(NamedTuple):
   """`[m, k] x [k, n]` at three addresses."""
+
   m: int
   n: int
   k: int
@@ -55,8 +65,9 @@ def multiply(blas: Blas, layout: Layout, products: Sequence[Product]) -> None:
   for p in products:
     ints += p[:3]
   memory = (c.c_int * len(ints))(*ints)
-  stride_a, stride_b, stride_c = (c.addressof(memory) + _INT * i
-                                  for i in range(3))
+  stride_a, stride_b, stride_c = (
+    c.addressof(memory) + _INT * i for i in range(3)
+  )
   m = stride_c + _INT
   a_is, b_is = (_YES if t else _NO for t in layout[:2])
   for p in products:
@@ -64,13 +75,35 @@ def multiply(blas: Blas, layout: Layout, products: Sequence[Product]) -> None:
     if p.m <= _MAX_VECTOR_ROWS and not layout.transpose_a:
       stored = (k, n) if layout.transpose_b else (n, k)
       for i in range(p.m):
-        blas.sgemv(b_is, *stored, _ONE, p.b, stride_b,
-                   p.a + _FLOAT * i * layout.stride_a, _STEP, _ZERO,
-                   p.c + _FLOAT * i * layout.stride_c, _STEP)
+        blas.sgemv(
+          b_is,
+          *stored,
+          _ONE,
+          p.b,
+          stride_b,
+          p.a + _FLOAT * i * layout.stride_a,
+          _STEP,
+          _ZERO,
+          p.c + _FLOAT * i * layout.stride_c,
+          _STEP,
+        )
     else:
       # Fortran reads row-major memory as the transpose: C' = op(B)' op(A)'.
-      blas.sgemm(b_is, a_is, n, m, k, _ONE, p.b, stride_b, p.a, stride_a,
-                 _ZERO, p.c, stride_c)
+      blas.sgemm(
+        b_is,
+        a_is,
+        n,
+        m,
+        k,
+        _ONE,
+        p.b,
+        stride_b,
+        p.a,
+        stride_a,
+        _ZERO,
+        p.c,
+        stride_c,
+      )
     m += 3 * _INT
 
 
@@ -83,22 +116,30 @@ def load() -> Blas:
   that XLA could use. The work is spread over XLA's threads instead.
   """
   set_num_threads = _symbol(
-      c.CFUNCTYPE(None, c.c_int),
-      "scipy_openblas_set_num_threads", "openblas_set_num_threads")
+    c.CFUNCTYPE(None, c.c_int),
+    "scipy_openblas_set_num_threads",
+    "openblas_set_num_threads",
+  )
   if set_num_threads is not None:
     set_num_threads(1)
-  blas = Blas(_capsule("sgemm", 13), _capsule("sgemv", 11),
-              threads_off=set_num_threads is not None)
+  blas = Blas(
+    _capsule("sgemm", 13),
+    _capsule("sgemv", 11),
+    threads_off=set_num_threads is not None,
+  )
   _try_out(blas)
   return blas
 
 
 def _capsule(name: str, num_args: int):
   import scipy.linalg.cython_blas as cython_blas  # only if this back end runs
+
   get_name = c.PYFUNCTYPE(c.c_char_p, c.py_object)(
-      ("PyCapsule_GetName", c.pythonapi))
+    ("PyCapsule_GetName", c.pythonapi)
+  )
   get_pointer = c.PYFUNCTYPE(c.c_void_p, c.py_object, c.c_char_p)(
-      ("PyCapsule_GetPointer", c.pythonapi))
+    ("PyCapsule_GetPointer", c.pythonapi)
+  )
   capsule = cython_blas.__pyx_capi__[name]
   address = get_pointer(capsule, get_name(capsule))
   # CFUNCTYPE: the GIL is released for the length of the call.
@@ -107,6 +148,7 @@ def _capsule(name: str, num_args: int):
 
 def _symbol(prototype, *names: str):
   import scipy.linalg.cython_blas as cython_blas
+
   library = c.CDLL(cython_blas.__file__)  # finds what it is linked with, too
   for name in names:
     try:
@@ -125,7 +167,12 @@ def _try_out(blas: Blas) -> None:
       stored_b = np.ascontiguousarray(b.T) if transpose_b else b
       out = np.full((m, 3), np.nan, np.float32)
       layout = Layout(False, transpose_b, 5, stored_b.shape[1], 3)
-      multiply(blas, layout, [Product(
-          m, 3, 5, a.ctypes.data, stored_b.ctypes.data, out.ctypes.data)])
+      multiply(
+        blas,
+        layout,
+        [
+          Product(m, 3, 5, a.ctypes.data, stored_b.ctypes.data, out.ctypes.data)
+        ],
+      )
       if not np.array_equal(out, a[:m] @ b):
         raise RuntimeError("scipy's BLAS does not multiply as expected")

@@ -5,10 +5,12 @@ The structures follow `jaxlib/include/xla/ffi/api/c_api.h`, API major version 0
 (a major change is the only one that may move fields). `handler(fn)` makes a C
 function out of a Python one; a Python exception becomes an XLA error.
 """
+
 import ctypes as c
 import itertools
 import threading
-from typing import Any, Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 _INVALID_ARGUMENT, _INTERNAL = 3, 13
 _METADATA, _EXECUTE = 1, 3
@@ -17,41 +19,77 @@ _STATUS_FN = c.CFUNCTYPE(c.c_void_p, c.c_void_p)
 _TASK_FN = c.CFUNCTYPE(None, c.c_void_p)
 
 
-
 def _struct(name: str, *fields: tuple[str, Any]) -> type[c.Structure]:
   head = [("struct_size", c.c_size_t), ("extension", c.c_void_p)]
   return type(name, (c.Structure,), {"_fields_": [*head, *fields]})
 
 
 _Version = _struct("Version", ("major", c.c_int), ("minor", c.c_int))
-_Extension = type("Extension", (c.Structure,), {"_fields_": [
-    ("struct_size", c.c_size_t), ("type", c.c_int), ("next", c.c_void_p),
-    ("metadata", c.c_void_p)]})
-_Metadata = type("Metadata", (c.Structure,), {"_fields_": [
-    ("struct_size", c.c_size_t), ("version", _Version),
-    ("traits", c.c_uint32)]})
+_Extension = type(
+  "Extension",
+  (c.Structure,),
+  {
+    "_fields_": [
+      ("struct_size", c.c_size_t),
+      ("type", c.c_int),
+      ("next", c.c_void_p),
+      ("metadata", c.c_void_p),
+    ]
+  },
+)
+_Metadata = type(
+  "Metadata",
+  (c.Structure,),
+  {
+    "_fields_": [
+      ("struct_size", c.c_size_t),
+      ("version", _Version),
+      ("traits", c.c_uint32),
+    ]
+  },
+)
 _Api = _struct(
-    "Api", ("version", _Version), ("internal", c.c_void_p),
-    ("error_create", _STATUS_FN), *((f"_{i}", c.c_void_p) for i in range(10)),
-    ("schedule", _STATUS_FN), ("num_threads", _STATUS_FN))
+  "Api",
+  ("version", _Version),
+  ("internal", c.c_void_p),
+  ("error_create", _STATUS_FN),
+  *((f"_{i}", c.c_void_p) for i in range(10)),
+  ("schedule", _STATUS_FN),
+  ("num_threads", _STATUS_FN),
+)
 _Buffer = _struct(
-    "Buffer", ("dtype", c.c_int), ("data", c.c_void_p), ("rank", c.c_int64),
-    ("dims", c.POINTER(c.c_int64)))
+  "Buffer",
+  ("dtype", c.c_int),
+  ("data", c.c_void_p),
+  ("rank", c.c_int64),
+  ("dims", c.POINTER(c.c_int64)),
+)
 _List = _struct(
-    "List", ("size", c.c_int64), ("types", c.c_void_p),
-    ("items", c.POINTER(c.POINTER(_Buffer))))
+  "List",
+  ("size", c.c_int64),
+  ("types", c.c_void_p),
+  ("items", c.POINTER(c.POINTER(_Buffer))),
+)
 _Frame = _struct(
-    "Frame", ("api", c.POINTER(_Api)), ("ctx", c.c_void_p), ("stage", c.c_int),
-    ("args", _List), ("rets", _List))
+  "Frame",
+  ("api", c.POINTER(_Api)),
+  ("ctx", c.c_void_p),
+  ("stage", c.c_int),
+  ("args", _List),
+  ("rets", _List),
+)
 _Error = _struct("Error", ("message", c.c_char_p), ("code", c.c_int))
 _NumThreads = _struct(
-    "NumThreads", ("ctx", c.c_void_p), ("out", c.POINTER(c.c_int64)))
+  "NumThreads", ("ctx", c.c_void_p), ("out", c.POINTER(c.c_int64))
+)
 _Schedule = _struct(
-    "Schedule", ("ctx", c.c_void_p), ("task", _TASK_FN), ("data", c.c_void_p))
+  "Schedule", ("ctx", c.c_void_p), ("task", _TASK_FN), ("data", c.c_void_p)
+)
 
 
 class Buffer(NamedTuple):
   """One argument or result: XLA's element type, address and shape."""
+
   dtype: int
   data: int
   shape: tuple[int, ...]
@@ -126,7 +164,7 @@ def _buffers(items) -> list[Buffer]:
   found = []
   for i in range(items.size):
     b = items.items[i].contents
-    found.append(Buffer(b.dtype, b.data, tuple(b.dims[:b.rank])))
+    found.append(Buffer(b.dtype, b.data, tuple(b.dims[: b.rank])))
   return found
 
 

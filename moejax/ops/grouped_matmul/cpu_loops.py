@@ -5,6 +5,7 @@ Each group is walked in tiles of rows, and the rest of it is one tile of the
 next size class. Groups are written in ascending order, so a tile that overhangs
 its group is put right by the next one, and no masks are needed.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -33,14 +34,19 @@ def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype):
         inside_A = (row + jnp.arange(tile) < start + size)[:, None]
         x_AD, dy_AF = (jnp.where(inside_A, x, 0) for x in (x_AD, dy_AF))
       return acc_DF + jax.lax.dot_general(
-          x_AD, dy_AF, (((0,), (0,)), ((), ())),
-          preferred_element_type=jnp.float32)
+        x_AD,
+        dy_AF,
+        (((0,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
+
     zeros = jnp.zeros((lhs_AD.shape[1], d_out_AF.shape[1]), jnp.float32)
     return _walk(start, size, add, zeros).astype(dtype)
 
   stops_E = jnp.cumsum(group_sizes_E)
-  return jax.lax.map(lambda x: one_group(*x),
-                     (stops_E - group_sizes_E, group_sizes_E))
+  return jax.lax.map(
+    lambda x: one_group(*x), (stops_E - group_sizes_E, group_sizes_E)
+  )
 
 
 def unavailable() -> str | None:
@@ -62,15 +68,20 @@ def _gmm(x, rhs_EDF, group_sizes_E, contract):
       del mask  # what overhangs is overwritten by the next group, or zeroed
       rows = jax.lax.dynamic_slice_in_dim(x, row, tile)
       y = jax.lax.dot_general(
-          rows, weight, (((1,), (contract,)), ((), ())),
-          preferred_element_type=jnp.float32)
+        rows,
+        weight,
+        (((1,), (contract,)), ((), ())),
+        preferred_element_type=jnp.float32,
+      )
       return jax.lax.dynamic_update_slice_in_dim(out, y, row, 0)
+
     size = group_sizes_E[e]
     return _walk(stops_E[e] - size, size, write, out)
 
   out = jnp.zeros((x.shape[0], rhs_EDF.shape[2 - contract]), jnp.float32)
-  out = jax.lax.fori_loop(
-      0, (group_sizes_E > 0).sum(), one_group, out)[:num_rows]
+  out = jax.lax.fori_loop(0, (group_sizes_E > 0).sum(), one_group, out)[
+    :num_rows
+  ]
   used_A1 = jnp.arange(num_rows)[:, None] < stops_E[-1]
   return jnp.where(used_A1, out, 0).astype(dtype)
 
@@ -85,7 +96,8 @@ def _walk(start, size, visit, carry):
   bulk = _TILES[-1]
   count = size // bulk
   carry = jax.lax.fori_loop(
-      0, count, lambda i, c: visit(c, start + i * bulk, bulk, False), carry)
+    0, count, lambda i, c: visit(c, start + i * bulk, bulk, False), carry
+  )
   rest = size - count * bulk
   row = start + count * bulk
   smaller = 0
@@ -94,7 +106,10 @@ def _walk(start, size, visit, carry):
     # row depends on the turn, or XLA would hoist the product out of the loop.
     turns = (smaller < rest) & (rest <= tile)
     carry = jax.lax.fori_loop(
-        0, turns.astype(jnp.int32),
-        lambda i, c, tile=tile: visit(c, row + i * tile, tile, True), carry)
+      0,
+      turns.astype(jnp.int32),
+      lambda i, c, tile=tile: visit(c, row + i * tile, tile, True),
+      carry,
+    )
     smaller = tile
   return carry

@@ -3,20 +3,27 @@
 
 Never run on a GPU by us: lowered for CUDA only.
 """
+
 import functools
 
 import jax
 import jax.numpy as jnp
 
 _FORWARD = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (1,)), ((), ())),
-    lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+  dot_dimension_numbers=(((1,), (1,)), ((), ())),
+  lhs_ragged_dimensions=[0],
+  rhs_group_dimensions=[0],
+)
 _TRANSPOSED = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((1,), (2,)), ((), ())),
-    lhs_ragged_dimensions=[0], rhs_group_dimensions=[0])
+  dot_dimension_numbers=(((1,), (2,)), ((), ())),
+  lhs_ragged_dimensions=[0],
+  rhs_group_dimensions=[0],
+)
 _CONTRACTED = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())),
-    lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+  dot_dimension_numbers=(((0,), (0,)), ((), ())),
+  lhs_ragged_dimensions=[0],
+  rhs_group_dimensions=[],
+)
 
 
 def gmm(lhs_AD, rhs_EDF, group_sizes_E):
@@ -28,7 +35,8 @@ def gmm(lhs_AD, rhs_EDF, group_sizes_E):
 def gmm_transposed(d_out_AF, rhs_EDF, group_sizes_E):
   """`d_out_AF @ rhs_EDF[group].T` -> `[A, D]`; zeros beyond the last group."""
   out = _ragged_dot(
-      d_out_AF, rhs_EDF, group_sizes_E, _TRANSPOSED, d_out_AF.dtype)
+    d_out_AF, rhs_EDF, group_sizes_E, _TRANSPOSED, d_out_AF.dtype
+  )
   return _zero_beyond(out, group_sizes_E)
 
 
@@ -36,8 +44,12 @@ def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype):
   """`lhs_AD[group].T @ d_out_AF[group]` -> `[E, D, F]`; zeros if empty."""
   # A kernel may multiply masked rows by zero, and 0 * nan is nan.
   return _ragged_dot(
-      _zero_beyond(lhs_AD, group_sizes_E), _zero_beyond(d_out_AF, group_sizes_E),
-      group_sizes_E, _CONTRACTED, dtype)
+    _zero_beyond(lhs_AD, group_sizes_E),
+    _zero_beyond(d_out_AF, group_sizes_E),
+    group_sizes_E,
+    _CONTRACTED,
+    dtype,
+  )
 
 
 def unavailable() -> str | None:
@@ -51,9 +63,11 @@ def slow() -> str | None:
   try:
     import tokamax  # noqa: F401
   except ImportError as e:
-    return (f"tokamax is missing ({e}), so lax.ragged_dot is used: about 15% "
-            "of an H100's peak, where tokamax's kernel reaches 78%; "
-            "pip install 'moejax[cuda]'")
+    return (
+      f"tokamax is missing ({e}), so lax.ragged_dot is used: about 15% "
+      "of an H100's peak, where tokamax's kernel reaches 78%; "
+      "pip install 'moejax[cuda]'"
+    )
   return None
 
 
@@ -61,11 +75,13 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
   x, y = (v.astype(jnp.promote_types(x.dtype, y.dtype)) for v in (x, y))
   if slow():
     return jax.lax.ragged_dot_general(
-        x, y, group_sizes_E, dimensions,
-        preferred_element_type=jnp.float32).astype(dtype)
+      x, y, group_sizes_E, dimensions, preferred_element_type=jnp.float32
+    ).astype(dtype)
   import tokamax
+
   return tokamax.ragged_dot_general(
-      x, y, group_sizes_E, dimensions, preferred_element_type=dtype)
+    x, y, group_sizes_E, dimensions, preferred_element_type=dtype
+  )
 
 
 def _zero_beyond(x, group_sizes_E):

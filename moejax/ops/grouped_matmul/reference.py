@@ -3,6 +3,7 @@
 
 E times the arithmetic, float32 inside, any platform. For tests and debugging.
 """
+
 import jax
 import jax.numpy as jnp
 
@@ -22,8 +23,7 @@ def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype):
   # `where`, not a product with the mask: 0 * nan is nan.
   lhs_EAD = jnp.where(member_EA, lhs_AD.astype(jnp.float32), 0)
   d_out_EAF = jnp.where(member_EA, d_out_AF.astype(jnp.float32), 0)
-  out_EDF = jnp.einsum(
-      "EAD,EAF->EDF", lhs_EAD, d_out_EAF, precision=_HIGHEST)
+  out_EDF = jnp.einsum("EAD,EAF->EDF", lhs_EAD, d_out_EAF, precision=_HIGHEST)
   return out_EDF.astype(dtype)
 
 
@@ -40,7 +40,11 @@ def _member(num_rows, group_sizes_E):
 
 
 def _sum_over_experts(equation, x, rhs_EDF, group_sizes_E):
-  out = jnp.einsum(equation, x.astype(jnp.float32),
-                   rhs_EDF.astype(jnp.float32), precision=_HIGHEST)
+  out = jnp.einsum(
+    equation,
+    x.astype(jnp.float32),
+    rhs_EDF.astype(jnp.float32),
+    precision=_HIGHEST,
+  )
   member_EA = _member(x.shape[0], group_sizes_E)[:, :, None]
   return jnp.where(member_EA, out, 0).sum(0).astype(x.dtype)

@@ -4,6 +4,7 @@
 `lax.ragged_dot` is not used: only for v5p does the compiler make a grouped
 kernel of it, and there megablox is as fast; elsewhere it is E times the work.
 """
+
 import importlib
 import itertools
 from typing import NamedTuple
@@ -15,7 +16,7 @@ _LANES, _SUBLANES = 128, 16
 # the masks and the product before it is added.
 _VMEM_BYTES = int(12.5 * 2**20)
 # Between v5p and v6e; only the ratios matter for the choice. Loading a weight
-# tile into the matrix unit takes as long as so many rows (a guess: not measured).
+# tile into the matrix unit takes as long as so many rows (a guess, unmeasured).
 _FLOPS, _BYTES, _STEP_SECONDS, _LOAD_ROWS = 4.5e14, 1.6e12, 3.5e-7, 96
 
 
@@ -41,8 +42,13 @@ def tgmm(lhs_AD, d_out_AF, group_sizes_E, dtype, interpret=False):
   lhs_AD, d_out_AF = _one_type(lhs_AD, d_out_AF)
   tiles = choose_tiles(m, k, n, len(group_sizes_E), lhs_AD.dtype, True)
   return _megablox().tgmm(
-      _pad(lhs_AD, tiles.m).T, _pad(d_out_AF, tiles.m), group_sizes_E, dtype,
-      tuple(tiles), interpret=interpret)
+    _pad(lhs_AD, tiles.m).T,
+    _pad(d_out_AF, tiles.m),
+    group_sizes_E,
+    dtype,
+    tuple(tiles),
+    interpret=interpret,
+  )
 
 
 def unavailable() -> str | None:
@@ -55,7 +61,12 @@ def unavailable() -> str | None:
 
 
 def choose_tiles(
-    m: int, k: int, n: int, num_groups: int, dtype, transposed_lhs=False,
+  m: int,
+  k: int,
+  n: int,
+  num_groups: int,
+  dtype,
+  transposed_lhs=False,
 ) -> Tiles:
   """The tiles that a simple model of time finds best, within VMEM.
 
@@ -75,7 +86,8 @@ def choose_tiles(
   size = jnp.dtype(dtype).itemsize
   best = None
   for tiles in itertools.starmap(
-      Tiles, itertools.product(rows, _tile_sizes(k), _tile_sizes(n))):
+    Tiles, itertools.product(rows, _tile_sizes(k), _tile_sizes(n))
+  ):
     if _vmem_bytes(tiles, size, transposed_lhs) <= _VMEM_BYTES:
       key = model(m, k, n, num_groups, size, tiles), -tiles.k, -tiles.n
       best = min(best or (key, tiles), (key, tiles))
@@ -84,8 +96,7 @@ def choose_tiles(
 
 def _megablox():
   # By name: the package's attribute `gmm` is a function that hides the module.
-  return importlib.import_module(
-      "jax.experimental.pallas.ops.tpu.megablox.gmm")
+  return importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
 
 
 def _gmm(x, rhs_EDF, group_sizes_E, transposed, interpret):
@@ -94,8 +105,14 @@ def _gmm(x, rhs_EDF, group_sizes_E, transposed, interpret):
   x, rhs_EDF = _one_type(x, rhs_EDF)
   tiles = choose_tiles(m, k, n, len(group_sizes_E), x.dtype)
   out = _megablox().gmm(
-      _pad(x, tiles.m), rhs_EDF, group_sizes_E, dtype, tuple(tiles),
-      transpose_rhs=transposed, interpret=interpret)[:m]
+    _pad(x, tiles.m),
+    rhs_EDF,
+    group_sizes_E,
+    dtype,
+    tuple(tiles),
+    transpose_rhs=transposed,
+    interpret=interpret,
+  )[:m]
   # The kernel leaves rows that belong to no group unwritten.
   return jnp.where(jnp.arange(m)[:, None] < group_sizes_E.sum(), out, 0)
 
@@ -139,8 +156,7 @@ def _gmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
 
 def _tgmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
   visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
-  traffic = (visits * tiles.m * (k * tiles_n + n * tiles_k)
-             + num_groups * k * n)
+  traffic = visits * tiles.m * (k * tiles_n + n * tiles_k) + num_groups * k * n
   return _seconds(visits * tiles_k * tiles_n, tiles, size * traffic)
 
 
