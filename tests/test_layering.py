@@ -159,7 +159,7 @@ def sizes(module, source):
 
 def names(module, source):
   problems = []
-  if module.rpartition(".")[2] in ("utils", "util", "helpers", "common"):
+  if module.rpartition(".")[2] in ("utils", "util"):
     problems.append(f"{module}: a name for what it does is missing")
   if source and not source.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
     problems.append(f"{module} does not start with its licence line")

@@ -106,15 +106,16 @@ class CheckpointReader:
       part = processes.index_and_count()
       manifest.check(folder, None if whole else items, part)
 
-    # A step can vanish between check and read when a run retires it; the run
-    # has a newer one by then.
     while True:
       found, manifest = self._find(step, check)
       try:
         meta = self._read_meta(found, manifest)
         state = arrays.restore(self._folder(found) / ARRAYS, abstract)
       except Exception as e:
-        if step is None and not processes.all_true(self._is_committed(found)):
+        # A run may have retired the step meanwhile; it has a newer one then.
+        # Several processes are the run itself.
+        alone = processes.index_and_count()[1] == 1
+        if alone and step is None and not self._is_committed(found):
           self._damaged[found] = "was deleted while it was read"
           continue
         raise CheckpointError(

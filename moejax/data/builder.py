@@ -23,7 +23,7 @@ from typing import Any
 
 from moejax.config import DataConfig
 from moejax.data import parts, sources, store
-from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import DataError
 from moejax.progress import format_count, format_seconds, progress_bar
 
@@ -31,8 +31,9 @@ SOURCES = "sources.json"
 MIN_PART_BYTES = 2 << 20
 MAX_PART_BYTES = 256 << 20
 _TARGET_PARTS = 64
-# Below this much text a second process costs more than it saves.
-_BYTES_PER_PROCESS = {True: 32 << 20, False: 2 << 20}
+# With less text than this each, processes cost more than they save.
+_BYTES_PER_PROCESS = 32 << 20
+_BPE_BYTES_PER_PROCESS = 2 << 20
 
 Say = Callable[[str], None]
 
@@ -188,10 +189,12 @@ def _locked(building: pathlib.Path) -> Iterator[None]:
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
       raise DataError(
         f"another process is preparing {building}; wait for it"
       ) from None
+    except OSError:
+      pass  # a file system without locks
     yield
 
 
@@ -232,8 +235,9 @@ def _write_parts(
   left = [i for i in count if not (building / parts.part_name(i)).exists()]
   total = sum(plan.part_bytes[i] for i in left)
   if not processes:
-    worth = total / _BYTES_PER_PROCESS[tokenizer.name == "byte"]
-    processes = max(1, min(len(os.sched_getaffinity(0)), int(worth)))
+    cheap = isinstance(tokenizer, ByteTokenizer)
+    each = _BYTES_PER_PROCESS if cheap else _BPE_BYTES_PER_PROCESS
+    processes = max(1, min(len(os.sched_getaffinity(0)), int(total / each)))
   processes = min(processes, len(left))
   with progress_bar(f"tokenizing {spec}, MB", round(total / 1e6)) as bar:
     advance = _megabytes(bar.advance)

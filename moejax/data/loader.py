@@ -50,6 +50,11 @@ class StoreSet:
     """Rows of all stores in `train` or `validation`."""
     return sum(s.rows(split) for s in self.stores)
 
+  def epochs(self, rows: int) -> tuple[float, ...]:
+    """How often each source's training rows are read by `rows` global rows."""
+    counts = Mixture([(0, self.weights)]).counts(rows)
+    return tuple(n / s.rows("train") for n, s in zip(counts, self.stores))
+
   @property
   def fingerprint(self) -> str:
     """SHA-256 of all that decides the rows, weights included."""
@@ -78,7 +83,13 @@ def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
     folder = store.store_path(config, spec, tokenizer)
     if not (folder / store.MANIFEST).exists():
       raise DataError(_missing(config, spec, folder))
-    stores.append(store.TokenStore.open(folder, tokenizer))
+    opened = store.TokenStore.open(folder, tokenizer)
+    if opened.seq_len != config.seq_len:
+      raise DataError(
+        f"{folder} has rows of {opened.seq_len} tokens, data.seq_len is "
+        f"{config.seq_len}; delete it and prepare again"
+      )
+    stores.append(opened)
   weights = config.weights or tuple(float(s.rows("train")) for s in stores)
   return StoreSet(
     tuple(stores), weights, tokenizer.vocab_size, config.seq_len
@@ -269,6 +280,15 @@ def rows_from_texts(
   Raises:
     DataError: there is no text.
   """
+  rows = list(_pack_texts(texts, tokenizer, seq_len))
+  if not rows:
+    raise DataError("there is no text to evaluate on")
+  return rows
+
+
+def _pack_texts(
+  texts: Iterable[str], tokenizer: Tokenizer, seq_len: int
+) -> Iterator[packing.Row]:
   pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
   dtype = store.token_dtype(tokenizer.vocab_size)
   packer = packing.Packer(seq_len, pad_id, dtype, max_waste=1.0)
@@ -277,10 +297,7 @@ def rows_from_texts(
     for text in texts
     if text and not text.isspace()
   )
-  rows = list(packing.pack((d for d in documents if len(d) > 1), packer))
-  if not rows:
-    raise DataError("there is no text to evaluate on")
-  return rows
+  return packing.pack((d for d in documents if len(d) > 1), packer)
 
 
 def file_batches(
@@ -309,12 +326,17 @@ def file_batches(
         for doc in source.documents(sources.Slice(number, 0, file.count)):
           yield doc.text
 
-  rows = rows_from_texts(texts(), tokenizer, config.seq_len)
-  elements = [_element(row, 0, number) for number, row in enumerate(rows)]
-  starts = range(0, len(elements), batch_size)
-  for start in itertools.islice(starts, num_batches):
-    chunk = elements[start : start + batch_size]
-    yield _batch(_stack(chunk, batch_size, config.seq_len))
+  rows = enumerate(_pack_texts(texts(), tokenizer, config.seq_len))
+  count = 0
+  while num_batches is None or count < num_batches:
+    picked = itertools.islice(rows, batch_size)
+    elements = [_element(row, 0, number) for number, row in picked]
+    if not elements:
+      break
+    count += 1
+    yield _batch(_stack(elements, batch_size, config.seq_len))
+  if not count:
+    raise DataError(f"there is no text in {', '.join(specs)}")
 
 
 def check_vocabulary(batch: Batch, stores: StoreSet, split: str) -> None:

@@ -226,8 +226,11 @@ def work(folder: str) -> None:
         ready.notify()
     os._exit(0)  # the parent is done with us, or dead
 
+  # What a library prints must not come between the reports.
+  reports, sys.stdout = sys.stdout, sys.stderr
+
   def report(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    print(json.dumps(message), file=reports, flush=True)
 
   pending, last = 0.0, time.monotonic()
 

@@ -35,7 +35,16 @@ _THREADS = 4
 def store_path(
   config: DataConfig, spec: str, tokenizer: Tokenizer
 ) -> pathlib.Path:
-  """The folder of the store of one source; anything that matters changes it."""
+  """The folder of the store of one source; anything that matters changes it.
+
+  Raises:
+    DataError: `config.store` is an address rather than a folder.
+  """
+  if "://" in config.store:
+    raise DataError(
+      f"data.store={config.store} must be a folder of this machine; mount the "
+      "bucket (gcsfuse), or copy the stores"
+    )
   key = store_key(config, spec, tokenizer)
   digest = sources.text_digest(json.dumps(key, sort_keys=True))
   name = f"{sources.slug(spec)}-{tokenizer.name}-T{config.seq_len}-{digest[:8]}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.models.layers import rms_norm, rope, scale, weight
-from moejax.models.rows import KVCache, LayerCache, Rows
+from moejax.models.rows import Context, LayerCache
 from moejax.ops.attention import attention, choose_backend
 
 Array = jax.Array
@@ -28,19 +28,17 @@ class Attention(nn.Module):
   def __call__(
     self,
     x_BTD: Array,
-    rows: Rows,
-    keys: KVCache | None = None,
-    cache: LayerCache | None = None,
+    context: Context,
+    cache: LayerCache | None,
   ) -> tuple[Array, LayerCache | None]:
     """Attends within `x`, or within `cache` after writing `x` at its end.
 
     Args:
       x_BTD: normed input.
-      rows: segments and positions of the T tokens.
-      keys: the cache's segments, positions and length; None without a cache.
+      context: of this forward pass.
       cache: this layer's keys and values; None without a cache.
     """
-    cfg = self.config
+    cfg, rows, keys = self.config, context.rows, context.keys
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     dtype, std = x_BTD.dtype, cfg.init_std
     w_q = weight(self, "w_q_DNH", (D, N, H), ("embed", "heads", "head_dim"), std)
@@ -54,8 +52,9 @@ class Attention(nn.Module):
     q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, w_q.astype(dtype))
     k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_k.astype(dtype))
     v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_v.astype(dtype))
-    q_BTNH = rope(self._norm("q_norm", q_BTNH), rows.positions_BT, cfg.rope_theta)
-    k_BTKH = rope(self._norm("k_norm", k_BTKH), rows.positions_BT, cfg.rope_theta)
+    angles = context.cos_BTH, context.sin_BTH
+    q_BTNH = rope(self._norm("q_norm", q_BTNH), *angles)
+    k_BTKH = rope(self._norm("k_norm", k_BTKH), *angles)
     if cache is None:
       k_BSKH, v_BSKH = k_BTKH, v_BTKH
       segments_BS, positions_BS = rows.segment_ids_BT, rows.positions_BT

@@ -45,14 +45,23 @@ class RMSNorm(nn.Module):
     return rms_norm(x, scale(self, "scale", x.shape[-1], self.axis), self.eps)
 
 
-def rope(x_BTNH: Array, positions_BT: Array, theta: float) -> Array:
-  """Rotary embedding, half-split form (Su et al. 2021), angles in float32."""
-  half = x_BTNH.shape[-1] // 2
+def rope_angles(
+  positions_BT: Array, head_dim: int, theta: float
+) -> tuple[Array, Array]:
+  """Cosines and sines of RoPE's angles, float32 [B, T, head_dim / 2]."""
+  half = head_dim // 2
   inverse_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle_BTH = (
     positions_BT[..., None].astype(jnp.float32) * inverse_H[None, None]
   )
-  cos, sin = jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
+  # The barrier keeps XLA:CPU from fusing cosines into each layer's rotation,
+  # where it would take them anew for each head: 5% of a training step.
+  return jax.lax.optimization_barrier((jnp.cos(angle_BTH), jnp.sin(angle_BTH)))
+
+
+def rope(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
+  """Rotary embedding, half-split form (Su et al. 2021), in float32."""
+  cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
   first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   rotated = jnp.concatenate(
     [first * cos - second * sin, second * cos + first * sin], axis=-1

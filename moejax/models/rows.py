@@ -40,6 +40,22 @@ class Rows:
 
 
 @flax.struct.dataclass
+class Context:
+  """What all layers share in one forward pass, computed once.
+
+  Attributes:
+    rows: segments and positions of the tokens.
+    cos_BTH, sin_BTH: of RoPE's angles.
+    keys: the cache's segments, positions and length; None without a cache.
+  """
+
+  rows: Rows
+  cos_BTH: Array
+  sin_BTH: Array
+  keys: "KVCache | None"
+
+
+@flax.struct.dataclass
 class LayerCache:
   """Keys (after norm and RoPE) and values of one layer, [B, S, K, H]."""
 

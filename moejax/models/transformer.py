@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from moejax.config import ModelConfig
 from moejax.dispatch import DISPATCHES
 from moejax.models.block import Backends, Block, Repeat
-from moejax.models.layers import RMSNorm, weight
-from moejax.models.rows import KVCache, Rows
+from moejax.models.layers import RMSNorm, rope_angles, weight
+from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
 from moejax.routing import RouterStats
@@ -78,14 +78,16 @@ class Transformer(nn.Module):
     cfg = self.config
     x_BTD = self.w_embed_VD[tokens_BT].astype(cfg.dtype)
     keys = cache.append_rows(rows) if cache else None
+    angles = rope_angles(rows.positions_BT, cfg.head_dim, cfg.rope_theta)
+    context = Context(rows, *angles, keys)
     prefix_stats, prefix_caches = [], []
     for i, block in enumerate(self.prefix):
       layer_cache = cache.prefix[i] if cache else None
-      x_BTD, stat, layer_cache = block(x_BTD, i, layer_cache, rows, keys)
+      x_BTD, stat, layer_cache = block(x_BTD, i, layer_cache, context)
       prefix_stats.append(stat)
       prefix_caches.append(layer_cache)
     repeats = self._scan if cfg.scan_layers else self._loop
-    x_BTD, pattern_stats, pattern_caches = repeats(x_BTD, cache, rows, keys)
+    x_BTD, pattern_stats, pattern_caches = repeats(x_BTD, cache, context)
     if cache:
       cache = keys.replace(
         prefix=tuple(prefix_caches), pattern=pattern_caches,
@@ -94,22 +96,22 @@ class Transformer(nn.Module):
     stats = _join_stats(prefix_stats, pattern_stats)
     return ModelOutput(self.final_norm(x_BTD), stats, cache)
 
-  def _scan(self, x_BTD, cache, rows, keys):
+  def _scan(self, x_BTD, cache, context):
     """All repeats as one scanned body; stats and caches stacked [R, ...]."""
     cfg = self.config
     firsts_R = len(cfg.prefix) + len(cfg.pattern) * jnp.arange(cfg.num_repeats)
     caches = cache.pattern if cache else (None,) * len(cfg.pattern)
-    x_BTD, (stats, caches) = self.repeats(x_BTD, firsts_R, caches, rows, keys)
+    x_BTD, (stats, caches) = self.repeats(x_BTD, firsts_R, caches, context)
     return x_BTD, stats, caches
 
-  def _loop(self, x_BTD, cache, rows, keys):
+  def _loop(self, x_BTD, cache, context):
     """The same, repeat by repeat; caches stay apart, [R] tuples."""
     cfg = self.config
     stats, caches = [], []
     for r, repeat in enumerate(self.repeats):
       first = len(cfg.prefix) + len(cfg.pattern) * r
       mine = cache.pattern[r] if cache else (None,) * len(cfg.pattern)
-      x_BTD, (stat, mine) = repeat(x_BTD, first, mine, rows, keys)
+      x_BTD, (stat, mine) = repeat(x_BTD, first, mine, context)
       stats.append(stat)
       caches.append(mine)
     stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else ()
@@ -185,7 +187,7 @@ def _scanned(config: ModelConfig) -> type[nn.Module]:
     _checkpointed(config),
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(0, 0, nn.broadcast, nn.broadcast),
+    in_axes=(0, 0, nn.broadcast),
     out_axes=0,
     length=config.num_repeats,
     metadata_params={nn.PARTITION_NAME: "layers"},

@@ -21,7 +21,7 @@ jax.distributed.initialize(f"localhost:{port}", 2, index,
                            heartbeat_timeout_seconds=20)
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from moejax.checkpoint import Checkpointer, state_digest
+from moejax.checkpoint import Checkpointer, layout, state_digest
 from moejax.errors import CheckpointError
 from moejax.runlock import PreemptionGuard
 
@@ -53,6 +53,18 @@ with Checkpointer(folder, every=1, keep_last=2) as ckpt:
   restored = ckpt.restore(abstract)
   assert restored.step == 2
   assert state_digest(restored.state) == restored.meta["digest"]
+
+  # Process 0 cannot make the folder: neither is left waiting.
+  begin = layout.begin
+  layout.begin = lambda folder: 1 / 0
+  message = ""
+  try:
+    ckpt.save(3, make(3), {})
+  except CheckpointError as e:
+    message = str(e)
+  layout.begin = begin
+  expected = ["ZeroDivisionError", "process 0 could not begin it"][index]
+  assert expected in message, message
 
   # A disk that is full for one process only: both learn of it, and go on.
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)

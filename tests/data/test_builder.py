@@ -156,8 +156,14 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (corpus / "killed" / expected.name).exists()
-  done = {p.name: p.stat().st_mtime_ns for p in partial.glob("part-*.json")}
+  done = [path.stem.split("-")[1] for path in partial.glob("part-*.json")]
   assert len(done) >= 3
+  shards = {
+    path.name: path.stat().st_mtime_ns
+    for number in done
+    for path in partial.glob(f"token_store-train*-{number}-of-*")
+  }
+  assert len(shards) == len(done)
 
   lines = []
   prepare(config, processes=1, say=lines.append)
@@ -165,6 +171,8 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}))
   folder = corpus / "killed" / expected.name
   assert contents(folder) == contents(expected)
   assert not partial.exists()
+  for name, time_written in shards.items():  # finished parts are not redone
+    assert (folder / name).stat().st_mtime_ns == time_written
 
 
 def test_workers_end_with_their_parent(corpus):

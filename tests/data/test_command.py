@@ -66,6 +66,16 @@ def test_train_tokenizer_and_use_it(corpus, capsys):
   assert again.read_bytes() == output.read_bytes()
 
 
+def test_bad_text_for_a_tokenizer_is_one_line(tmp_path, capsys):
+  (tmp_path / "data.jsonl").write_text('{"text": "good"}\nbad\n')
+  output = tmp_path / "out" / "tokenizer.json"
+  args = ("--sources", tmp_path / "data.jsonl", "--output", output)
+  assert run("train-tokenizer", *args) == 2
+  err = capsys.readouterr().err
+  assert "the line at byte 17: not JSON" in err and len(err.splitlines()) == 1
+  assert not output.parent.exists()
+
+
 @pytest.mark.parametrize(
   "args, message",
   [

@@ -310,6 +310,20 @@ def test_batches_of_files(tmp_path):
   assert len(list(file_batches(specs, tokenizer, config, 1, 2))) == 2
   with pytest.raises(DataError, match="is not there"):
     list(file_batches([str(tmp_path / "c.txt")], tokenizer, config, 1))
+  (tmp_path / "empty.txt").write_text("")
+  with pytest.raises(DataError, match=r"no text in .*empty.txt"):
+    list(file_batches([str(tmp_path / "empty.txt")], tokenizer, config, 1))
+
+
+def test_epochs_of_each_source(made):
+  _, stores = made
+  assert stores.epochs(0) == (0, 0, 0)
+  rows = 10 * stores.rows("train")
+  expected = [
+    rows * weight / s.rows("train")
+    for weight, s in zip(stores.weights, stores.stores)
+  ]
+  assert np.allclose(stores.epochs(rows), expected, atol=0.05)
 
 
 def test_reading_is_ready_before_threads_start(made):

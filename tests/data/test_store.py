@@ -16,7 +16,7 @@ from moejax.data import (
   sources,
   train_tokenizer,
 )
-from moejax.data.store import TokenStore, read_manifest
+from moejax.data.store import TokenStore, read_manifest, store_path
 from moejax.errors import DataError
 from tests.data.helpers import make_stores
 
@@ -134,6 +134,22 @@ def test_a_missing_store_tells_the_command_and_what_there_is(made):
   other = dataclasses.replace(config, sources=("python-stdlib",))
   with pytest.raises(DataError, match="no token store for python-stdlib"):
     open_stores(other, load_tokenizer("byte"))
+
+
+def test_an_address_is_no_folder(made):
+  config = dataclasses.replace(made[0], store="gs://bucket/stores")
+  with pytest.raises(DataError, match="mount the bucket"):
+    open_stores(config, load_tokenizer("byte"))
+
+
+def test_rows_of_another_length_are_refused(made, tmp_path):
+  config, stores = made
+  folder = stores.stores[0].folder
+  moved = dataclasses.replace(config, store=str(tmp_path), seq_len=48)
+  (spec,) = config.sources
+  shutil.copytree(folder, store_path(moved, spec, load_tokenizer("byte")))
+  with pytest.raises(DataError, match=r"rows of 32 tokens, data.seq_len is 48"):
+    open_stores(moved, load_tokenizer("byte"))
 
 
 def test_a_store_goes_to_other_processes(made):

@@ -5,6 +5,10 @@ The TPU kernels are interpreted and lowered, the GPU ones lowered; nothing here
 has run on either.
 """
 
+import contextlib
+import sys
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +183,29 @@ def test_gpu_without_tokamax_is_right_and_says_so(monkeypatch):
     jax.jit(gpu.tgmm, static_argnums=3)(x, dy, sizes, jnp.float32),
     reference.tgmm(x, dy, sizes, jnp.float32),
   )
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_gpu_with_tokamax(supported, monkeypatch):
+  """It is asked for its own kernels, and a shape it refuses is a warning."""
+
+  def ragged_dot_general(x, y, sizes, dims, preferred_element_type, **kwargs):
+    assert kwargs == dict(implementation=("mosaic", "triton"))
+    if not supported:
+      errors = [NotImplementedError("no mosaic"), NotImplementedError("nor it")]
+      raise ExceptionGroup("all implementations failed", errors)
+    return jax.lax.ragged_dot_general(
+      x, y, sizes, dims, preferred_element_type=preferred_element_type
+    )
+
+  fake = types.SimpleNamespace(ragged_dot_general=ragged_dot_general)
+  monkeypatch.setitem(sys.modules, "tokamax", fake)
+  monkeypatch.setattr(gpu, "slow", lambda: None)
+  x, w, sizes, _ = inputs("uneven")
+  warned = pytest.warns(UserWarning, match="no mosaic; nor it")
+  with contextlib.nullcontext() if supported else warned:
+    out = gpu.gmm(x, w, sizes)
+  assert_same(out, reference.gmm(x, w, sizes))
 
 
 @pytest.mark.parametrize(
