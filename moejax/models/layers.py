@@ -51,12 +51,14 @@ def rope_angles(
   """Cosines and sines of RoPE's angles, float32 [B, T, head_dim / 2]."""
   half = head_dim // 2
   inverse_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle_BTH = (
-    positions_BT[..., None].astype(jnp.float32) * inverse_H[None, None]
-  )
-  # The barrier keeps XLA:CPU from fusing cosines into each layer's rotation,
-  # where it would take them anew for each head: 5% of a training step.
-  return jax.lax.optimization_barrier((jnp.cos(angle_BTH), jnp.sin(angle_BTH)))
+
+  def of_row(positions_T):
+    angle_TH = positions_T[:, None].astype(jnp.float32) * inverse_H[None]
+    return jnp.cos(angle_TH), jnp.sin(angle_TH)
+
+  # A loop, since XLA:CPU fuses bare cosines into each layer's rotation, where
+  # it takes them anew for each head (and drops optimization barriers first).
+  return jax.lax.map(of_row, positions_BT)
 
 
 def rope(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
