@@ -86,6 +86,7 @@ def read_texts(spec: str) -> list[str]:
 
 def timed(work) -> tuple[float, float]:
   """(seconds by the clock, CPU seconds of this process and ended children)."""
+
   def cpu() -> float:
     return sum(os.times()[:4])
 

@@ -77,7 +77,11 @@ def moejax_tasks():
   def decode(batch_size):
     prompts = tokens(batch_size, PROMPT).tolist()
     out = generate_tokens(
-      *for_generation(model, state.params), prompts, NEW, Sampling(), jax.random.key(0)
+      *for_generation(model, state.params),
+      prompts,
+      NEW,
+      Sampling(),
+      jax.random.key(0),
     )
     assert all(len(row) == NEW for row in out)
 

@@ -17,18 +17,20 @@ COMMANDS = {
 
 def usage() -> str:
   rows = [f"  {name:<10} {doc}" for name, (_, doc) in COMMANDS.items()]
-  return "\n".join([
-    "moejax: train and study mixture-of-experts language models",
-    "",
-    "usage: moejax <command> [options]",
-    "",
-    *rows,
-    "",
-    "moejax <command> --help tells its options. First run:",
-    "  moejax data prepare --config=configs/tiny.py",
-    "  moejax train --config=configs/tiny.py --workdir=runs/tiny",
-    "Add --debug to see the traceback of an error.",
-  ])
+  return "\n".join(
+    [
+      "moejax: train and study mixture-of-experts language models",
+      "",
+      "usage: moejax <command> [options]",
+      "",
+      *rows,
+      "",
+      "moejax <command> --help tells its options. First run:",
+      "  moejax data prepare --config=configs/tiny.py",
+      "  moejax train --config=configs/tiny.py --workdir=runs/tiny",
+      "Add --debug to see the traceback of an error.",
+    ]
+  )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,9 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
   if value not in choices:
     near = difflib.get_close_matches(value, choices, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}{hint}")
+    raise ConfigError(
+      f"{key}={value!r} is not one of {', '.join(choices)}{hint}"
+    )
 
 
 def require_positive(prefix: str, obj: Any, *names: str) -> None:
@@ -174,11 +176,12 @@ class ModelConfig:
     )
     require(len(self.pattern) > 0, "model.pattern is empty; name one layer")
     rest = self.num_layers - len(self.prefix)
+    whole = max(1, rest // len(self.pattern)) * len(self.pattern)
     require(
       rest >= 0 and rest % len(self.pattern) == 0,
       f"model.num_layers={self.num_layers} is not {len(self.prefix)} prefix "
       f"layers plus a multiple of the pattern's {len(self.pattern)}; use "
-      f"{len(self.prefix) + max(1, rest // len(self.pattern)) * len(self.pattern)}",
+      f"{len(self.prefix) + whole}",
     )
     require(
       rest > 0 or not self.scan_layers,
@@ -290,6 +293,7 @@ class ScheduleConfig:
 
   def lengths(self, num_steps: int) -> tuple[int, int]:
     """(warm-up steps, decay steps) of a run of `num_steps`."""
+
     def steps(x: float) -> int:
       return int(x) if x >= 1 else round(x * num_steps)
 
@@ -454,9 +458,7 @@ def _defaults(cls: type) -> dict[str, Any]:
   return values
 
 
-def set_option(
-  config: ml_collections.ConfigDict, path: str, text: str
-) -> None:
+def set_option(config: ml_collections.ConfigDict, path: str, text: str) -> None:
   """Sets `path` (dotted) of a ConfigDict from command-line text.
 
   The schema gives the type, so `1e-3`, `true`, `3,4` and `none` mean what the

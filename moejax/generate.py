@@ -27,6 +27,7 @@ from moejax.sampling import Sampling, next_tokens
 
 Array = jax.Array
 OnTokens = Callable[[list[int | None]], None]
+DEFAULT_SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 # Prompts and caches are padded to multiples of these, so that few shapes are
 # compiled.
 PROMPT_BUCKET = 32
@@ -39,7 +40,7 @@ def generate(
   tokenizer: Tokenizer,
   prompts: Sequence[str],
   max_new_tokens: int = 200,
-  sampling: Sampling = Sampling(temperature=0.8, top_p=0.95),
+  sampling: Sampling = DEFAULT_SAMPLING,
   seed: int = 0,
   on_tokens: OnTokens | None = None,
 ) -> list[str]:
@@ -93,7 +94,9 @@ def generate_tokens(
   cache_len = -(-(T + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
   cache = KVCache.empty(model.config, B, cache_len)
   keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
-  token_B, cache = _prefill(model, sampling, params, tokens_BT, rows, cache, keys_B)
+  token_B, cache = _prefill(
+    model, sampling, params, tokens_BT, rows, cache, keys_B
+  )
   positions_B = jnp.array([len(p) for p in prompts], jnp.int32)
   out: list[list[int]] = [[] for _ in prompts]
   alive = np.ones(B, bool)
@@ -103,7 +106,9 @@ def generate_tokens(
     for row in np.flatnonzero(alive):
       out[row].append(int(new[row]))
     if on_tokens:
-      on_tokens([int(t) if a else None for t, a in zip(new, alive, strict=True)])
+      on_tokens(
+        [int(t) if a else None for t, a in zip(new, alive, strict=True)]
+      )
     if not alive.any() or step + 1 == max_new_tokens:
       break
     token_B, cache = _decode(
@@ -123,7 +128,9 @@ def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Array, Rows]:
     tokens_BT[b, start:] = prompt
     segments_BT[b, start:] = 1
     positions_BT[b, start:] = np.arange(len(prompt))
-  return jnp.array(tokens_BT), Rows(jnp.array(segments_BT), jnp.array(positions_BT))
+  return jnp.array(tokens_BT), Rows(
+    jnp.array(segments_BT), jnp.array(positions_BT)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5,))
@@ -150,9 +157,7 @@ def _draw(model, sampling, params, output, keys_B):
   return next_tokens(sampling, logits_B1V[:, 0], keys_B)
 
 
-def for_generation(
-  model: Transformer, params: Any
-) -> tuple[Transformer, Any]:
+def for_generation(model: Transformer, params: Any) -> tuple[Transformer, Any]:
   """The same model, its weights laid out for one token at a time.
 
   Weights are cast to the compute dtype once (routers stay float32), and layers
@@ -166,7 +171,9 @@ def for_generation(
     model = model.clone(config=config)
 
   def cast(path, x):
-    return x if "router" in jax.tree_util.keystr(path) else x.astype(config.dtype)
+    return (
+      x if "router" in jax.tree_util.keystr(path) else x.astype(config.dtype)
+    )
 
   return model, jax.tree_util.tree_map_with_path(cast, params)
 
@@ -202,7 +209,9 @@ def main(argv: list[str]) -> int:
   add("workdir", help="folder of a run")
   add("--prompt", action="append", help="text to continue; may be repeated")
   add("--max-tokens", type=int, default=200, help="new tokens (default 200)")
-  add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+  add(
+    "--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)"
+  )
   add("--top-k", type=int, default=0, help="keep the k likeliest (0: all)")
   add("--top-p", type=float, default=0.95, help="nucleus mass (default 0.95)")
   add("--seed", type=int, default=0, help="of the draws (default 0)")

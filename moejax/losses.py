@@ -81,9 +81,7 @@ def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
     return (sums[0] + xent, sums[1] + z), None
 
   zero = jnp.zeros((), jnp.float32)
-  sums, _ = jax.lax.scan(
-    chunk, (zero, zero), (hidden_CTD, targets_CT, mask_CT)
-  )
+  sums, _ = jax.lax.scan(chunk, (zero, zero), (hidden_CTD, targets_CT, mask_CT))
   return sums
 
 
@@ -134,7 +132,12 @@ def _xent_bwd(z_weight, residuals, cotangents):
   del z_weight  # already in the residuals
   d_hidden_CTD, d_table_VD = residuals
   g = cotangents[0]
-  return (g * d_hidden_CTD).astype(d_hidden_CTD.dtype), g * d_table_VD, None, None
+  return (
+    (g * d_hidden_CTD).astype(d_hidden_CTD.dtype),
+    g * d_table_VD,
+    None,
+    None,
+  )
 
 
 _xent_sums.defvjp(_xent_fwd, _xent_bwd)

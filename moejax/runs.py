@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of a run: what lies where, and loading a model from it.
 
-  config.json   the resolved config, versions, git commit, sizes
-  tokenizer.*   the tokenizer it was trained with
-  checkpoints/  one folder a step
-  *.jsonl, events/, report/   logs and pictures
+config.json   the resolved config, versions, git commit, sizes
+tokenizer.*   the tokenizer it was trained with
+checkpoints/  one folder a step
+*.jsonl, events/, report/   logs and pictures
 """
 
 import dataclasses
@@ -75,9 +75,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
       f"one step {restored.step} was trained with "
       f"({restored.meta['tokenizer'][:12]}); put that file back"
     )
-  return Run(
-    config, model, restored.state["params"], tokenizer, restored.step
-  )
+  return Run(config, model, restored.state["params"], tokenizer, restored.step)
 
 
 def open_checkpoints(
@@ -128,9 +126,7 @@ def write_config(workdir: str | os.PathLike, config: Config) -> None:
     "git_commit": git_commit(),
     "num_params": counts.num_params,
     "num_active_params": counts.num_active_params,
-    "flops_per_token": train_flops_per_token(
-      config.model, config.data.seq_len
-    ),
+    "flops_per_token": train_flops_per_token(config.model, config.data.seq_len),
     "run": {
       "platform": jax.default_backend(),
       "device": jax.devices()[0].device_kind,

@@ -28,16 +28,16 @@ class Sampling:
 
   def __post_init__(self):
     if self.temperature < 0:
-      raise ConfigError(f"temperature={self.temperature} is negative; 0 is greedy")
+      raise ConfigError(
+        f"temperature={self.temperature} is negative; 0 is greedy"
+      )
     if self.top_k < 0:
       raise ConfigError(f"top_k={self.top_k} is negative; 0 keeps all tokens")
     if not 0 < self.top_p <= 1:
       raise ConfigError(f"top_p={self.top_p} is not in (0, 1]")
 
 
-def next_tokens(
-  sampling: Sampling, logits_BV: Array, keys_B: Array
-) -> Array:
+def next_tokens(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
   """One token per row, int32 [B]; each row draws from its own key."""
   if sampling.temperature == 0:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

@@ -115,7 +115,9 @@ def batch_sums(
   rng_B = None
   if rng is not None:
     rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(B))
-  forward = lambda micro, keys: _forward_sums(config, model, params, micro, keys)
+  forward = lambda micro, keys: _forward_sums(
+    config, model, params, micro, keys
+  )
   M = config.train.accumulation_steps
   if M == 1:
     return forward(batch, rng_B)

@@ -21,28 +21,19 @@ from moejax import data as data_lib
 from moejax import runs
 from moejax.checkpoint import Checkpointer, Restored
 from moejax.cli import add_config_arguments, parse_config
-from moejax.config import Config, default_config, describe_options, differences
+from moejax.config import Config, default_config, describe_options
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
-from moejax.errors import CheckpointError, ConfigError, DataError, UserError
+from moejax.errors import ConfigError, DataError, UserError
 from moejax.evaluate import evaluate
-from moejax.generate import generate
+from moejax.generate import DEFAULT_SAMPLING, generate
 from moejax.hardware import keep_freed_memory, peak_flops
 from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
-from moejax.optimizer import schedule_values
 from moejax.progress import TrainProgress
+from moejax.resume import restore_or_none
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
-from moejax.sampling import Sampling
 from moejax.step import TrainState, init_state, make_train_step
-
-# A changed value of these changes nothing that was or will be computed.
-FREE_OPTIONS = (
-  "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
-  "data.store", "train.accumulation_steps", "model.remat",
-  "model.attention", "model.moe.matmul", "model.moe.dispatch",
-  "loss.chunk_size",
-)  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -260,7 +251,7 @@ class Loop:
     prompt = self.config.eval.sample_prompt
     (text,) = generate(
       self.model, self.state.params, self.tokenizer, [prompt],
-      self.config.eval.sample_tokens, Sampling(0.8, top_p=0.95),
+      self.config.eval.sample_tokens, DEFAULT_SAMPLING,
     )  # fmt: skip
     self.log.sample(self.step, prompt, text)
 
@@ -317,65 +308,6 @@ def load_tokenizer_of(config: Config) -> Tokenizer:
       f"{-(-tokenizer.vocab_size // 128) * 128}"
     )
   return tokenizer
-
-
-def restore_or_none(
-  config: Config,
-  model: Transformer,
-  checkpoints: Checkpointer,
-  tokenizer: Tokenizer,
-  stores: Any,
-) -> Restored | None:
-  """The newest valid checkpoint, if it is of this very run."""
-  if not checkpoints.steps():
-    return None
-  meta = checkpoints.read_meta()
-  check_same_run(config, meta)
-  for name, mine in (
-    ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)
-  ):  # fmt: skip
-    if meta[name] != mine:
-      raise CheckpointError(
-        f"the {name} changed since step {meta['step']} (sha256 "
-        f"{meta[name][:12]} -> {mine[:12]}); put it back, or use a new --workdir"
-      )
-  abstract = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
-  return checkpoints.restore(abstract)
-
-
-def check_same_run(config: Config, meta: dict[str, Any]) -> None:
-  """Refuses to go on with a config that would change what was trained.
-
-  `train.num_steps` may grow as long as the learning rates of the steps already
-  done stay what they were.
-
-  Raises:
-    CheckpointError: naming each key that differs.
-  """
-  changed = [
-    line
-    for line in differences(meta["config"], config.to_dict())
-    if not line.startswith(FREE_OPTIONS)
-  ]
-  schedule_only = [
-    line for line in changed
-    if not line.startswith(("train.num_steps", "optimizer.schedule."))
-  ]  # fmt: skip
-  if schedule_only:
-    raise CheckpointError(
-      "the config differs from the run's in " + "; ".join(schedule_only)
-      + "; put it back, or use a new --workdir"
-    )  # fmt: skip
-  if changed:
-    done = meta["step"]
-    before = schedule_values(Config.from_dict(meta["config"]))[:done]
-    after = schedule_values(config)[:done]
-    if len(after) < done or not np.array_equal(before, after):
-      raise CheckpointError(
-        f"{'; '.join(changed)} would change the learning rate of steps already "
-        f"done (the run is at step {done}); give warm-up in steps, and extend "
-        "before the decay begins, or use a new --workdir"
-      )
 
 
 def announce(

@@ -98,7 +98,7 @@ def test_bad_values_from_the_command_line(path, text, message):
     ({"model": {"prefix": ("attention/mlp",), "num_layers": 4,
                 "pattern": ("attention/moe", "attention/mlp")}}, "use 3"),
     ({"model": {"moe": {"num_experts": 4}}}, "use k <= 4"),
-    ({"model": {"moe": {"router": "top_k(8)"}}}, "write arguments as key=value"),
+    ({"model": {"moe": {"router": "top_k(8)"}}}, "arguments as key=value"),
     ({"model": {"moe": {"router": "top_k(k=f())"}}}, "k must be a literal"),
     ({"model": {"moe": {"router": "top_k("}}}, "not of the form"),
     ({"model": {"moe": {"dispatch": "rugged"}}}, "did you mean 'ragged'?"),
@@ -129,7 +129,10 @@ def test_a_default_config_is_locked():
 @pytest.mark.parametrize(
   "body,message",
   [
-    ("c.model.num_layer = 3", "no option 'num_layer'; did you mean 'num_layers'"),
+    (
+      "c.model.num_layer = 3",
+      "no option 'num_layer'; did you mean 'num_layers'",
+    ),
     ("c.model.num_layers = 'x'", "num_layers"),
     ("raise ValueError('variants: a, b')", "variants: a, b"),
   ],

@@ -41,8 +41,8 @@ def greedy_by_hand(model, params, prompt, n):
   )
   tokens = list(prompt)
   for _ in range(n):
-    padded = jnp.zeros((1, 24), jnp.int32).at[0, : len(tokens)].set(
-      jnp.array(tokens)
+    padded = (
+      jnp.zeros((1, 24), jnp.int32).at[0, : len(tokens)].set(jnp.array(tokens))
     )
     segments = (jnp.arange(24) < len(tokens)).astype(jnp.int32)[None]
     logits = forward(padded, Rows(segments, jnp.arange(24)[None]))

@@ -25,7 +25,7 @@ LAYERS = {
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train step runs evaluate generate report data.command "
+    "__main__ cli train resume step runs evaluate generate report data.command "
     "finetune analysis plan convert"
   ),
 }
@@ -161,7 +161,9 @@ def names(module, source):
   problems = []
   if module.rpartition(".")[2] in ("utils", "util"):
     problems.append(f"{module}: a name for what it does is missing")
-  if source and not source.startswith("# SPDX-License-Identifier: Apache-2.0\n"):
+  if source and not source.startswith(
+    "# SPDX-License-Identifier: Apache-2.0\n"
+  ):
     problems.append(f"{module} does not start with its licence line")
   return problems
 

@@ -55,9 +55,11 @@ def test_full_logits_never_exist():
   targets = jax.ShapeDtypeStruct((T,), jnp.int32)
   mask = jax.ShapeDtypeStruct((T,), bool)
   loss = lambda h, t, y, m: losses.next_token_sums(h, t, y, m, 0.1, chunk).total
-  compiled = jax.jit(jax.grad(loss, (0, 1))).lower(
-    hidden, table, targets, mask
-  ).compile()
+  compiled = (
+    jax.jit(jax.grad(loss, (0, 1)))
+    .lower(hidden, table, targets, mask)
+    .compile()
+  )
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   assert temporaries < 8 * chunk * V * 4 < T * V * 4 / 3
 
@@ -99,6 +101,7 @@ def test_balance_against_a_plain_loop():
 
 def test_balance_gradient_flows_through_probabilities_alone():
   logits = jax.random.normal(jax.random.key(4), (1, 6, 4))
+
   def by_stats(logits):
     return losses.load_balance(stats_of(logits), "global")
 

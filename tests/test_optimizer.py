@@ -116,7 +116,10 @@ def test_decay_mask_reaches_the_optimizer():
   )
   optimizer = make_optimizer(config, 10_000)
   state = optimizer.init(PARAMS)
-  zero = {"norm": {"scale": jnp.zeros(2)}, "moe": {"w_up_EDF": jnp.zeros((1, 2))}}
+  zero = {
+    "norm": {"scale": jnp.zeros(2)},
+    "moe": {"w_up_EDF": jnp.zeros((1, 2))},
+  }
   updates, _ = optimizer.update(zero, state, PARAMS)
   assert (updates["norm"]["scale"] == 0).all()
   assert (updates["moe"]["w_up_EDF"] < 0).all()

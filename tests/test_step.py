@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import losses
 from moejax.config import Config
 from moejax.models import build
 from moejax.step import batch_sums, init_state, make_train_step
-from moejax import losses
 
 BASE = {
   "model": {

@@ -20,7 +20,7 @@ from moejax.cli import parse_config
 from moejax.models import build
 from moejax.step import init_state
 
-CONFIG = '''
+CONFIG = """
 from moejax.config import default_config
 
 def get_config():
@@ -41,7 +41,7 @@ def get_config():
   c.eval.every, c.eval.num_batches = 20, 2
   c.eval.sample_tokens = 5
   return c
-'''
+"""
 
 
 @pytest.fixture(scope="module")

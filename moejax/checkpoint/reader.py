@@ -55,6 +55,10 @@ class CheckpointReader:
     numbered = layout.numbered(self.directory)
     return next((step for step in numbered if self._exists(step)), None)
 
+  def is_empty(self) -> bool:
+    """Whether nothing was ever saved; a damaged step is something."""
+    return self._candidate({}) == NONE and not self._damaged
+
   def read_meta(self, step: int | None = None) -> dict[str, Any]:
     """The JSON that was saved with a step, without reading arrays.
 

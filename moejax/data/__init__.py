@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources -> tokenizer -> token store -> mixture -> [B, T] batches.
 
-  prepare(config)               text to rows on disk, once
-  open_stores(config, tok)      opens and checks them
-  load_batches(...)             endless training batches, from any step
-  validation_batches(...)       held-out rows, once, in a fixed order
-  file_batches(...)             rows of files that are in no store
+prepare(config)               text to rows on disk, once
+open_stores(config, tok)      opens and checks them
+load_batches(...)             endless training batches, from any step
+validation_batches(...)       held-out rows, once, in a fixed order
+file_batches(...)             rows of files that are in no store
 """
 
 from moejax.data.builder import prepare

@@ -91,9 +91,7 @@ def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
       )
     stores.append(opened)
   weights = config.weights or tuple(float(s.rows("train")) for s in stores)
-  return StoreSet(
-    tuple(stores), weights, tokenizer.vocab_size, config.seq_len
-  )
+  return StoreSet(tuple(stores), weights, tokenizer.vocab_size, config.seq_len)
 
 
 def _missing(config: DataConfig, spec: str, folder: Any) -> str:
@@ -319,6 +317,7 @@ def file_batches(
   Raises:
     DataError: a source is missing, empty or damaged.
   """
+
   def texts() -> Iterator[str]:
     for spec in specs:
       source = sources.open_source(spec, config.text_key)

@@ -84,6 +84,7 @@ class Source(abc.ABC):
         not read again.
       advance: told the bytes of each file that is done.
     """
+
     def digest(name: str) -> dict[str, Any]:
       path = self.path(name)
       try:

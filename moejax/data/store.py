@@ -288,11 +288,13 @@ class TokenStore:
     from array_record.python import array_record_data_source
 
     return {
-      split: array_record_data_source.ArrayRecordDataSource([
-        _Instruction(str(self.folder / shard["name"]), shard["rows"])
-        for shard in info["shards"]
-        if shard["rows"]
-      ])
+      split: array_record_data_source.ArrayRecordDataSource(
+        [
+          _Instruction(str(self.folder / shard["name"]), shard["rows"])
+          for shard in info["shards"]
+          if shard["rows"]
+        ]
+      )
       for split, info in self.manifest["splits"].items()
     }
 

@@ -69,11 +69,13 @@ class Tokenizer(abc.ABC):
   def encode_document(self, text: str) -> np.ndarray:
     """[n] int32: bos (if the tokenizer has one), the text, eos."""
     bos = [] if self.bos_id is None else [self.bos_id]
-    return np.concatenate([
-      np.array(bos, np.int32),
-      self.encode(text),
-      np.array([self.eos_id], np.int32),
-    ])
+    return np.concatenate(
+      [
+        np.array(bos, np.int32),
+        self.encode(text),
+        np.array([self.eos_id], np.int32),
+      ]
+    )
 
   def stream_decoder(self) -> "StreamDecoder":
     return StreamDecoder(self)
@@ -160,10 +162,12 @@ class FileTokenizer(Tokenizer):
 
   def encode(self, text: str) -> np.ndarray:
     encode = self._tokenizer.encode_batch_fast
-    return np.concatenate([
-      np.array(encode([chunk], add_special_tokens=False)[0].ids, np.int32)
-      for chunk in _chunks(text)
-    ])
+    return np.concatenate(
+      [
+        np.array(encode([chunk], add_special_tokens=False)[0].ids, np.int32)
+        for chunk in _chunks(text)
+      ]
+    )
 
   def decode(self, ids: Iterable[int]) -> str:
     return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)

@@ -39,6 +39,8 @@ def dense(
   if not combine:
     return y_AD
   weighted_AD = y_AD * routing.weight_A[:, None].astype(y_AD.dtype)
-  return jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype).at[routing.token_A].add(
-    weighted_AD
+  return (
+    jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype)
+    .at[routing.token_A]
+    .add(weighted_AD)
   )

@@ -65,11 +65,15 @@ def sort_by_expert(
   """
   order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
   A = expert_A.shape[0]
-  place_A = jnp.zeros(A, jnp.int32).at[order_A].set(
-    jnp.arange(A, dtype=jnp.int32), unique_indices=True
+  place_A = (
+    jnp.zeros(A, jnp.int32)
+    .at[order_A]
+    .set(jnp.arange(A, dtype=jnp.int32), unique_indices=True)
   )
   # Counting by comparison: A x E booleans are cheaper than a scatter.
-  sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(0, jnp.int32)
+  sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(
+    0, jnp.int32
+  )
   return order_A, place_A, sizes_E
 
 
@@ -92,9 +96,7 @@ def _permute_bwd(back_A, dy_AD):
 permute.defvjp(_permute_fwd, _permute_bwd)
 
 
-def gather_sorted(
-  x_TD: Array, order_A: Array, place_A: Array, X: int
-) -> Array:
+def gather_sorted(x_TD: Array, order_A: Array, place_A: Array, X: int) -> Array:
   """Row `a` of the result is token `order[a] // X`."""
   return _gather_sorted(X, x_TD, order_A, place_A)
 

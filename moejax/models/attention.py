@@ -41,14 +41,18 @@ class Attention(nn.Module):
     cfg, rows, keys = self.config, context.rows, context.keys
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     dtype, std = x_BTD.dtype, cfg.init_std
-    w_q = weight(self, "w_q_DNH", (D, N, H), ("embed", "heads", "head_dim"), std)
+    w_q = weight(
+      self, "w_q_DNH", (D, N, H), ("embed", "heads", "head_dim"), std
+    )
     w_k = weight(
       self, "w_k_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std
     )
     w_v = weight(
       self, "w_v_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std
     )
-    w_o = weight(self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), std)
+    w_o = weight(
+      self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), std
+    )
     q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, w_q.astype(dtype))
     k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_k.astype(dtype))
     v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_v.astype(dtype))

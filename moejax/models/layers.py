@@ -29,7 +29,7 @@ def scale(module: nn.Module, name: str, size: int, axis: str) -> Array:
 
 
 def rms_norm(x: Array, gain: Array, eps: float) -> Array:
-  """RMSNorm over the last axis (Zhang & Sennrich 2019), statistics in float32."""
+  """RMSNorm (Zhang & Sennrich 2019) over the last axis, sums in float32."""
   x32 = x.astype(jnp.float32)
   inverse = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + eps)
   gain = jnp.expand_dims(gain.astype(x.dtype), tuple(range(x.ndim - 1)))

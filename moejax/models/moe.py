@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mixture-of-experts layer: router decides, dispatch moves, experts compute."""
+"""The MoE layer: router decides, dispatch moves, experts compute."""
 
 import functools
 from collections.abc import Callable

@@ -27,7 +27,7 @@ class Rows:
   rng_B: Array | None = None
 
   def token_keys(self, layer: Array) -> Array | None:
-    """One key per token [B*T] for this layer, the same under any batch split."""
+    """One key per token [B*T] of this layer, whatever the batch's split."""
     if self.rng_B is None:
       return None
     tokens_T = jnp.arange(self.segment_ids_BT.shape[1])

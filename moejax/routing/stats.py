@@ -45,9 +45,9 @@ class RouterStats:
     prob_TE = jnp.exp(log_prob_TE)
     lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
 
-    def per_row(x_T):
-      x_BTZ = x_T.reshape(B, T, -1)
-      return jnp.where(mask_BT[..., None], x_BTZ, 0.0).sum(1)
+    def per_row(x):
+      by_row = x.reshape(B, T, -1)
+      return jnp.where(mask_BT[..., None], by_row, 0.0).sum(1)
 
     row_A = routing.token_A // T
     nowhere_A = routing.expert_A == E
@@ -58,6 +58,8 @@ class RouterStats:
       prob_BE=per_row(prob_TE),
       z_B=per_row(lse_T**2)[:, 0],
       entropy_B=per_row(-(prob_TE * log_prob_TE).sum(-1))[:, 0],
-      dropped_B=jnp.zeros(B).at[row_A].add(jnp.where(nowhere_A & real_A, 1.0, 0.0)),
+      dropped_B=jnp.zeros(B)
+      .at[row_A]
+      .add(jnp.where(nowhere_A & real_A, 1.0, 0.0)),
       tokens_B=mask_BT.sum(1).astype(jnp.float32),
     )

@@ -150,8 +150,10 @@ def test_damaged_newer_steps_are_passed_over_loudly(folder, caplog):
 def test_nothing_intact_says_why_for_each(folder):
   for step in (1, 2, 3):
     os.remove(folder / str(step) / "meta.json")
+  reader = CheckpointReader(folder)
   with pytest.raises(CheckpointError) as e:
-    CheckpointReader(folder).restore(abstract())
+    reader.restore(abstract())
+  assert reader.steps() == [] and not reader.is_empty()
   for step in (1, 2, 3):
     assert f"step {step}: meta.json: missing" in str(e.value)
 

@@ -192,6 +192,7 @@ def test_a_step_is_saved_once_and_in_order(tmp_path, example):
 def test_missing_steps_and_folders_are_clear_errors(tmp_path, example):
   reader = CheckpointReader(tmp_path / "none")
   assert reader.steps() == [] and reader.latest() is None
+  assert reader.is_empty()
   wanted = example.abstract(example.state())
   for read in (reader.read_meta, lambda: reader.restore(wanted)):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):

@@ -134,7 +134,9 @@ def test_sigkill_and_again_gives_the_same_bytes(corpus, small_parts):
   (expected,) = prepare(whole, processes=1, say=quiet)
   config = dataclasses.replace(whole, store=str(corpus / "killed"))
   # Slow down, so that the kill meets it between and inside parts.
-  program = SMALL_PARTS + f"""
+  program = (
+    SMALL_PARTS
+    + f"""
 import time
 from moejax.config import DataConfig
 add = moejax.data.parts._ShardWriter.add
@@ -144,6 +146,7 @@ def slow(self, tokens):
 moejax.data.parts._ShardWriter.add = slow
 moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}))
 """
+  )
   for wanted in (1, 3):
     process = subprocess.Popen(
       [sys.executable, "-c", program], stdout=subprocess.DEVNULL

@@ -36,9 +36,7 @@ def made(tmp_path_factory):
 
 def take(made, count, seed=3, split="train", **kwargs):
   config, stores = made
-  config = dataclasses.replace(
-    config, num_workers=kwargs.pop("num_workers", 0)
-  )
+  config = dataclasses.replace(config, num_workers=kwargs.pop("num_workers", 0))
   with load_batches(stores, config, split, B, seed, **kwargs) as batches:
     return list(itertools.islice(batches, count))
 
@@ -184,11 +182,7 @@ def test_validation_shards_and_limits(made):
   whole = list(validation_batches(stores, config, B, 3))
   assert len(whole) == 3
   shards = [
-    list(
-      validation_batches(
-        stores, config, B, 3, shard_index=i, shard_count=2
-      )
-    )
+    list(validation_batches(stores, config, B, 3, shard_index=i, shard_count=2))
     for i in range(2)
   ]
   joined = [

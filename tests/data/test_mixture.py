@@ -78,11 +78,13 @@ def test_rows_far_away_cost_no_more_and_agree_with_the_counts():
 
 
 def test_no_row_repeats_or_is_skipped_between_phases():
-  mixture = Mixture([
-    (0, (0.9, 0.1, 0.0)),
-    (1001, (0.2, 0.3, 0.5)),
-    (2503, (0.0, 0.0, 1.0)),
-  ])
+  mixture = Mixture(
+    [
+      (0, (0.9, 0.1, 0.0)),
+      (1001, (0.2, 0.3, 0.5)),
+      (2503, (0.0, 0.0, 1.0)),
+    ]
+  )
   drawn = draw(mixture, range(4000))
   for s in range(3):
     rows = drawn[drawn[:, 0] == s, 1]

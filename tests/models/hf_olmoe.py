@@ -42,7 +42,9 @@ def weights():
     shapes |= {f"model.layers.{i}.{k}": v for k, v in LAYER.items()}
   rng = np.random.default_rng(0)
   return {
-    name: rng.normal(1 if len(shape) == 1 else 0, 0.15, shape).astype(np.float32)
+    name: rng.normal(1 if len(shape) == 1 else 0, 0.15, shape).astype(
+      np.float32
+    )
     for name, shape in shapes.items()
   }
 

@@ -46,9 +46,7 @@ def to_moejax(t):
       "w_router_DE": stack("mlp.gate.weight", np.transpose),
       "w_gate_EDF": stack(gate_up, lambda w: w[:, :F].swapaxes(1, 2)),
       "w_up_EDF": stack(gate_up, lambda w: w[:, F:].swapaxes(1, 2)),
-      "w_down_EFD": stack(
-        "mlp.experts.down_proj", lambda w: w.swapaxes(1, 2)
-      ),
+      "w_down_EFD": stack("mlp.experts.down_proj", lambda w: w.swapaxes(1, 2)),
     },
   }
   return {
@@ -65,9 +63,7 @@ def relative_error(got, want):
 
 
 def test_the_mapped_tree_is_the_models_own():
-  params = jax.eval_shape(
-    lambda: init_params(build(CONFIG), jax.random.key(0))
-  )
+  params = jax.eval_shape(lambda: init_params(build(CONFIG), jax.random.key(0)))
   mapped = to_moejax(hf.weights())
   assert jax.tree.map(jnp.shape, mapped) == jax.tree.map(jnp.shape, params)
 

@@ -67,9 +67,7 @@ def relative_error(got, want):
   ],
 )
 def test_counts_agree_with_the_tree(config):
-  params = jax.eval_shape(
-    lambda: init_params(build(config), jax.random.key(0))
-  )
+  params = jax.eval_shape(lambda: init_params(build(config), jax.random.key(0)))
   sizes = sum(x.size for x in jax.tree.leaves(params))
   assert count(config).num_params == sizes
 
@@ -79,9 +77,7 @@ def test_published_olmoe_counts():
   counts = count(config)
   assert counts.num_params == 6_919_161_856
   assert counts.num_active_params == 1_282_017_280
-  params = jax.eval_shape(
-    lambda: init_params(build(config), jax.random.key(0))
-  )
+  params = jax.eval_shape(lambda: init_params(build(config), jax.random.key(0)))
   assert sum(x.size for x in jax.tree.leaves(params)) == counts.num_params
 
 
@@ -98,7 +94,8 @@ def test_initial_weights_are_normal_cut_at_three_std():
 @pytest.mark.parametrize(
   "change",
   [
-    {"remat": "full"}, {"remat": "dots"}, {"dispatch": "dense"}, {"matmul": "reference"}, {"matmul": "cpu_loops"},
+    {"remat": "full"}, {"remat": "dots"}, {"dispatch": "dense"},
+    {"matmul": "reference"}, {"matmul": "cpu_loops"},
     {"attention": "blockwise"},
   ],
   ids=str,

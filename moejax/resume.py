@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on with a run: what may have changed since, and what may not."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax import runs
+from moejax.checkpoint import Checkpointer, Restored
+from moejax.config import Config, differences
+from moejax.data import StoreSet, Tokenizer
+from moejax.errors import CheckpointError
+from moejax.models import Transformer
+from moejax.optimizer import schedule_values
+from moejax.step import init_state
+
+# A changed value of these changes nothing that was or will be computed.
+FREE_OPTIONS = (
+  "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
+  "data.store", "train.accumulation_steps", "model.remat",
+  "model.attention", "model.moe.matmul", "model.moe.dispatch",
+  "loss.chunk_size",
+)  # fmt: skip
+
+
+def restore_or_none(
+  config: Config,
+  model: Transformer,
+  checkpoints: Checkpointer,
+  tokenizer: Tokenizer,
+  stores: StoreSet,
+) -> Restored | None:
+  """The newest valid checkpoint, if it is of this very run."""
+  if not checkpoints.steps():
+    return None
+  meta = checkpoints.read_meta()
+  check_same_run(config, meta)
+  for name, mine in (
+    ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)
+  ):  # fmt: skip
+    if meta[name] != mine:
+      raise CheckpointError(
+        f"the {name} changed since step {meta['step']} (sha256 "
+        f"{meta[name][:12]} -> {mine[:12]}); put it back or use a new --workdir"
+      )
+  abstract = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
+  return checkpoints.restore(abstract)
+
+
+def check_same_run(config: Config, meta: dict[str, Any]) -> None:
+  """Refuses to go on with a config that would change what was trained.
+
+  `train.num_steps` may grow as long as the learning rates of the steps already
+  done stay what they were.
+
+  Raises:
+    CheckpointError: naming each key that differs.
+  """
+  changed = [
+    line
+    for line in differences(meta["config"], config.to_dict())
+    if not line.startswith(FREE_OPTIONS)
+  ]
+  schedule_only = [
+    line for line in changed
+    if not line.startswith(("train.num_steps", "optimizer.schedule."))
+  ]  # fmt: skip
+  if schedule_only:
+    raise CheckpointError(
+      "the config differs from the run's in " + "; ".join(schedule_only)
+      + "; put it back, or use a new --workdir"
+    )  # fmt: skip
+  if changed:
+    done = meta["step"]
+    before = schedule_values(Config.from_dict(meta["config"]))[:done]
+    after = schedule_values(config)[:done]
+    if len(after) < done or not np.array_equal(before, after):
+      raise CheckpointError(
+        f"{'; '.join(changed)} would change the learning rate of steps already "
+        f"done (the run is at step {done}); give warm-up in steps, and extend "
+        "before the decay begins, or use a new --workdir"
+      )
