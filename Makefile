@@ -12,7 +12,7 @@ PROMPT ?= def
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INPUTS := pyproject.toml constraints.txt
 
 # Another project's packages on the path would shadow the pinned ones.

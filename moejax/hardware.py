@@ -2,6 +2,7 @@
 """What a machine can do, and how its memory is made to serve."""
 
 import ctypes
+import importlib.util
 
 import jax
 
@@ -30,19 +31,30 @@ def keep_freed_memory() -> bool:
   gives blocks over 32 MiB back to the system at once, so that each step takes a
   page fault for every 4 KiB it writes: 39 ms of CPU time for adding 1 to a 33
   MB array, 5 ms with this setting (two Zen 3 cores). The price is that freed
-  memory stays with the process.
+  memory stays with the process. Call it before JAX starts its threads.
 
   Returns:
-    Whether the C library took the setting; False where it is not glibc.
+    Whether it was set: not where an accelerator's plugin is installed, nor
+    where the C library is not glibc.
   """
+  if any(importlib.util.find_spec(name) for name in _PLUGINS):
+    return False
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError):
     return False
-  no_mmap = mallopt(_M_MMAP_MAX, 0)
-  no_trim = mallopt(_M_TRIM_THRESHOLD, -1)
-  return bool(no_mmap and no_trim)
+  # One arena: those of other threads hand blocks over 64 MiB to mmap anyway.
+  settings = (_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)
+  taken = [mallopt(*setting) for setting in settings]
+  return all(taken)
 
 
+# With one of these, the host only feeds a device.
+_PLUGINS = (
+  "libtpu",
+  "jax_cuda12_plugin",
+  "jax_cuda13_plugin",
+  "jax_rocm7_plugin",
+)
 # Parameters of mallopt(3), from glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

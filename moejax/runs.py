@@ -60,8 +60,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
     CheckpointError: no checkpoint, or none that is undamaged, or a tokenizer
       that is not the one it was trained with.
   """
-  if jax.default_backend() == "cpu":
-    keep_freed_memory()
+  keep_freed_memory()
   config = read_config(workdir)
   model = build(config.model)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))

@@ -68,8 +68,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
     UserError: anything that a person can fix; nothing is half-written.
   """
   workdir = Path(workdir)
-  if jax.default_backend() == "cpu":
-    keep_freed_memory()
+  keep_freed_memory()
   with RunLock(workdir), PreemptionGuard() as guard:
     # -- data ---------------------------------------------------------------
     tokenizer = load_tokenizer_of(config)

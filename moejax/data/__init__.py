@@ -11,13 +11,12 @@ file_batches(...)             rows of files that are in no store
 from moejax.data.builder import prepare
 from moejax.data.loader import (
   BatchIterator,
-  StoreSet,
   file_batches,
   load_batches,
-  open_stores,
   rows_from_texts,
   validation_batches,
 )
+from moejax.data.store_set import StoreSet, open_stores
 from moejax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [

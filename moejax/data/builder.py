@@ -12,17 +12,13 @@ import fcntl
 import json
 import os
 import pathlib
-import queue
 import shutil
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from moejax.config import DataConfig
-from moejax.data import parts, sources, store
+from moejax.data import parts, sources, store, workers
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import DataError
 from moejax.progress import format_count, format_seconds, progress_bar
@@ -237,7 +233,7 @@ def _write_parts(
   if not processes:
     cheap = isinstance(tokenizer, ByteTokenizer)
     each = _BYTES_PER_PROCESS if cheap else _BPE_BYTES_PER_PROCESS
-    processes = max(1, min(len(os.sched_getaffinity(0)), int(total / each)))
+    processes = max(1, min(_cores(), int(total / each)))
   processes = min(processes, len(left))
   with progress_bar(f"tokenizing {spec}, MB", round(total / 1e6)) as bar:
     advance = _megabytes(bar.advance)
@@ -245,7 +241,14 @@ def _write_parts(
       for index in left:
         parts.write_part(building, plan, index, source, tokenizer, advance)
     else:
-      _run_workers(building, left, processes, advance)
+      workers.write_parts(building, left, processes, advance)
+
+
+def _cores() -> int:
+  """Cores that this process may use."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _megabytes(advance: Callable[[int], None]) -> Callable[[float], None]:
@@ -260,71 +263,6 @@ def _megabytes(advance: Callable[[int], None]) -> Callable[[float], None]:
       rest %= 1e6
 
   return advance_bytes
-
-
-def _run_workers(
-  building: pathlib.Path,
-  left: Sequence[int],
-  processes: int,
-  advance: Callable[[float], None],
-) -> None:
-  """Has worker processes write the parts; the first error ends all of them."""
-  path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-  environment = os.environ | {"PYTHONPATH": path}
-  program = "import sys; from moejax.data.parts import work; work(sys.argv[1])"
-  command = [sys.executable, "-c", program, str(building)]
-  messages: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-  workers = []
-  try:
-    for number in range(processes):
-      worker = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment,
-      )  # fmt: skip
-      workers.append(worker)
-      threading.Thread(
-        target=_listen, args=(number, worker, messages), daemon=True
-      ).start()
-    waiting = list(left)
-    for worker in workers:
-      _send(worker, waiting.pop(0))
-    unfinished = len(left)
-    while unfinished:
-      number, message = messages.get()
-      if message is None:
-        code = workers[number].wait()
-        raise DataError(
-          f"a tokenizing process died (exit code {code}; -9 is often lack of "
-          "memory: try --processes=1); the same command goes on"
-        )
-      if "error" in message:
-        raise DataError(message["error"])
-      if "done" in message:
-        unfinished -= 1
-        if waiting:
-          _send(workers[number], waiting.pop(0))
-      else:
-        advance(message["advance"])
-  finally:
-    for worker in workers:
-      worker.kill()
-      worker.wait()
-      worker.stdin.close()
-
-
-def _send(worker: subprocess.Popen, index: int) -> None:
-  with contextlib.suppress(BrokenPipeError):  # its death arrives as a message
-    worker.stdin.write(f"{index}\n")
-    worker.stdin.flush()
-
-
-def _listen(
-  number: int, worker: subprocess.Popen, messages: queue.Queue
-) -> None:
-  with worker.stdout:
-    for line in worker.stdout:
-      messages.put((number, json.loads(line)))
-  messages.put((number, None))
 
 
 def _finish(
@@ -403,10 +341,10 @@ def _put_in_place(building: pathlib.Path, folder: pathlib.Path) -> None:
   if folder.exists():
     old = folder.with_name(f"{folder.name}.{os.getpid()}.old")
     os.replace(folder, old)
-    os.replace(building, folder)
+  os.replace(building, folder)
+  # Also what an interrupted rebuild left.
+  for old in folder.parent.glob(f"{folder.name}.*.old"):
     shutil.rmtree(old)
-  else:
-    os.replace(building, folder)
 
 
 def _describe(manifest: dict[str, Any]) -> str:

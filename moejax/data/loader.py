@@ -20,92 +20,14 @@ import numpy as np
 from moejax.config import DataConfig
 from moejax.data import packing, sources, store
 from moejax.data.mixture import Mixture
+from moejax.data.store_set import Batch, StoreSet, check_vocabulary
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
-Batch = dict[str, np.ndarray]
 # Reading is short work under the interpreter lock: more threads do not help.
 _THREADS = 2
 # Validation rows are always drawn in the same order.
 _VALIDATION_SEED = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreSet:
-  """The opened stores of a config's sources, in its order.
-
-  Attributes:
-    stores: one a source.
-    weights: share of each in the training rows.
-    vocab_size: ids must be below it.
-    seq_len: T.
-  """
-
-  stores: tuple[store.TokenStore, ...]
-  weights: tuple[float, ...]
-  vocab_size: int
-  seq_len: int
-
-  def rows(self, split: str) -> int:
-    """Rows of all stores in `train` or `validation`."""
-    return sum(s.rows(split) for s in self.stores)
-
-  def epochs(self, rows: int) -> tuple[float, ...]:
-    """How often each source's training rows are read by `rows` global rows."""
-    counts = Mixture([(0, self.weights)]).counts(rows)
-    return tuple(n / s.rows("train") for n, s in zip(counts, self.stores))
-
-  @property
-  def fingerprint(self) -> str:
-    """SHA-256 of all that decides the rows, weights included."""
-    parts = [s.fingerprint for s in self.stores] + [repr(self.weights)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-  def describe(self) -> str:
-    """One line for people."""
-    total = sum(self.weights)
-    return " + ".join(
-      f"{weight / total:.3g} x {s.source} ({s.rows('train'):,} rows)"
-      if len(self.stores) > 1
-      else f"{s.source} ({s.rows('train'):,} rows of {self.seq_len})"
-      for s, weight in zip(self.stores, self.weights)
-    )
-
-
-def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
-  """Opens and checks the stores of all `config.sources`.
-
-  Raises:
-    DataError: a store is missing, damaged, or of another tokenizer.
-  """
-  stores = []
-  for spec in config.sources:
-    folder = store.store_path(config, spec, tokenizer)
-    if not (folder / store.MANIFEST).exists():
-      raise DataError(_missing(config, spec, folder))
-    opened = store.TokenStore.open(folder, tokenizer)
-    if opened.seq_len != config.seq_len:
-      raise DataError(
-        f"{folder} has rows of {opened.seq_len} tokens, data.seq_len is "
-        f"{config.seq_len}; delete it and prepare again"
-      )
-    stores.append(opened)
-  weights = config.weights or tuple(float(s.rows("train")) for s in stores)
-  return StoreSet(tuple(stores), weights, tokenizer.vocab_size, config.seq_len)
-
-
-def _missing(config: DataConfig, spec: str, folder: Any) -> str:
-  slug = sources.slug(spec)
-  others = sorted(
-    path.parent.name
-    for path in folder.parent.glob(f"{slug}-*/{store.MANIFEST}")
-  )
-  near = f" (there is {', '.join(others)})" if others else ""
-  return (
-    f"no token store for {spec} with seq_len={config.seq_len} and tokenizer "
-    f"{config.tokenizer} under {config.store}{near}; run: moejax data prepare "
-    "--config=..."
-  )
 
 
 class BatchIterator:
@@ -336,26 +258,6 @@ def file_batches(
     yield _batch(_stack(elements, batch_size, config.seq_len))
   if not count:
     raise DataError(f"there is no text in {', '.join(specs)}")
-
-
-def check_vocabulary(batch: Batch, stores: StoreSet, split: str) -> None:
-  """Ids outside the vocabulary stop here: on the device they are clamped.
-
-  Raises:
-    DataError: naming the source, the row and the id.
-  """
-  for name in ("tokens", "targets"):
-    array = batch[name]
-    if array.max() < stores.vocab_size and array.min() >= 0:
-      continue
-    bad = (array < 0) | (array >= stores.vocab_size)
-    b = int(bad.any(1).argmax())
-    s = stores.stores[batch["source"][b]]
-    raise DataError(
-      f"{s.source}, {split} row {batch['row'][b]}: token id "
-      f"{array[b][bad[b]][0]} is outside the vocabulary of "
-      f"{stores.vocab_size}; delete {s.folder} and prepare again"
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenises and packs one part of a source into its shards.
-
-`work(folder)` is a worker process of `prepare`: it reads part numbers from
-stdin, writes their shards into the folder and reports in JSON lines on stdout.
-It ends when stdin closes, so no worker outlives its parent.
-"""
+"""Tokenises and packs one part of a source into its shards."""
 
 import contextlib
 import dataclasses
@@ -12,10 +7,6 @@ import hashlib
 import json
 import os
 import pathlib
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,11 +14,10 @@ import numpy as np
 
 from moejax.data import sources, store
 from moejax.data.packing import MIN_PIECE, Packer
-from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
 PLAN = "plan.json"
-_REPORT_SECONDS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,47 +202,3 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     os.replace(partial, path)
   finally:
     partial.unlink(missing_ok=True)
-
-
-def work(folder: str) -> None:
-  """The worker process; see the module's docstring."""
-  numbers: list[int] = []
-  ready = threading.Condition()
-
-  def listen() -> None:
-    for line in sys.stdin:
-      with ready:
-        numbers.append(int(line))
-        ready.notify()
-    os._exit(0)  # the parent is done with us, or dead
-
-  # What a library prints must not come between the reports.
-  reports, sys.stdout = sys.stdout, sys.stderr
-
-  def report(**message: Any) -> None:
-    print(json.dumps(message), file=reports, flush=True)
-
-  pending, last = 0.0, time.monotonic()
-
-  def advance(count: float) -> None:
-    nonlocal pending, last
-    pending += count
-    if time.monotonic() - last > _REPORT_SECONDS:
-      report(advance=pending)
-      pending, last = 0.0, time.monotonic()
-
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-  threading.Thread(target=listen, daemon=True).start()
-  try:
-    path = pathlib.Path(folder)
-    plan = Plan.load(path)
-    source = sources.open_source(plan.spec, plan.key["text_key"])
-    tokenizer = load_tokenizer(path)
-    while True:
-      with ready:
-        ready.wait_for(lambda: numbers)
-        index = numbers.pop(0)
-      write_part(path, plan, index, source, tokenizer, advance)
-      report(done=index)
-  except DataError as e:
-    report(error=str(e))

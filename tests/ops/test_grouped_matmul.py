@@ -254,6 +254,22 @@ def test_cpu_kernels_write_every_element(case, monkeypatch):
     assert_close(x, y, 1e-6)
 
 
+@pytest.mark.parametrize("weight_size", [1, 1000, 10**6, 10**9])
+@pytest.mark.parametrize("threads", [1, 2, 7, 128])
+def test_parts_cover_every_row_once(threads, weight_size):
+  rng = np.random.default_rng(0)
+  for sizes in ([0, 0], [1], [2], [3, 0, 100_000], [0, 7, 7, 1, 500]):
+    for _ in range(5):
+      sizes_E = rng.permutation(sizes * 3).tolist()
+      parts = cpu._split(sizes_E, weight_size, threads)
+      start, seen = 0, [0] * len(sizes_E)
+      for expert, first, last in (unit for part in parts for unit in part):
+        assert first == start < last
+        start, seen[expert] = last, seen[expert] + last - first
+      assert seen == sizes_E
+      assert len(parts) <= 10 * threads + len(sizes_E)
+
+
 @pytest.mark.parametrize("requested", ["auto", "cpu", "reference"])
 def test_choose_backend(requested):
   name, reason = choose_backend("cpu", requested)

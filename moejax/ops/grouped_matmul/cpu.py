@@ -18,6 +18,7 @@ from moejax.ops.grouped_matmul import cpu_blas, cpu_ffi
 
 _PARTS_PER_THREAD = 4  # parts are taken as threads come free
 _MIN_PART_SECONDS = 2e-4  # less is not worth waking a thread for
+_MIN_ROWS = 8  # of a cut group: fewer, and reading its weight costs more
 # Of one core, roughly: they weigh many rows of a group against many groups.
 _FLOPS, _BYTES = 5e10, 1.5e10
 _FLOAT = 4
@@ -194,14 +195,17 @@ def _split(sizes_E, weight_size: int, threads: int):
       cost = (stop - start) * row_cost + group_cost
       rows = stop - start
       if cost > room + _MIN_PART_SECONDS:
-        rows = min(rows, max(0, int((room - group_cost) / row_cost)))
+        fitting = int((room - group_cost) / row_cost)
+        if fitting < _MIN_ROWS:
+          fitting = 0 if parts[-1] else _MIN_ROWS
+        rows = min(rows, fitting)
       if rows:
         parts[-1].append((expert, start, start + rows))
         start += rows
         room -= rows * row_cost + group_cost
       if start < stop or room <= 0:
         parts.append([])
-        room = max(budget, group_cost + row_cost)
+        room = budget
   return parts
 
 
