@@ -35,10 +35,10 @@ quickstart: $(VENV)/.installed  ## install, train the tiny model, let it write
 install: $(VENV)/.installed-dev  ## moejax, editable, with the tools of a developer
 
 test: $(VENV)/.installed-dev  ## all tests; ARGS="-k routing" narrows them
-	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.installed-dev  ## tests of seconds only
-	@$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: lint, and the format without changing it
 	@$(BIN)/ruff check .

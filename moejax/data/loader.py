@@ -111,13 +111,12 @@ def load_batches(
 
   dataset = grain.MapDataset.select_from_datasets(
     [
-      _rows(stores, number, split, seed).repeat(None)
-      for number in range(len(stores.stores))
+      _rows(stores, n, split, seed).repeat(None)
+      for n in range(len(stores.stores))
     ],
     _ByShard(Mixture([(0, stores.weights)]), batch_size, shard_count),
   )
-  local_size = batch_size // shard_count
-  ahead = max(1, config.prefetch_rows // local_size)
+  ahead = max(1, config.prefetch_rows // (batch_size // shard_count))
   workers = None
   if config.num_workers:
     _allow_workers()
