@@ -146,7 +146,7 @@ class ModelConfig:
   scan_layers: bool = option(
     True,
     "one compiled body for all repeats, parameters stacked; false compiles "
-    "each layer apart, which on a CPU saves copies",
+    "each layer apart, which saves copies on a CPU",
   )
   remat: str = option(
     "none", "what the backward pass recomputes: none, full or dots"
