@@ -189,9 +189,9 @@ from moejax.runlock import RunLock
 lock = RunLock(sys.argv[1])
 lock.acquire()
 if os.fork() == 0:
+  print("ready", flush=True)  # the child: it has let go of the lock by now
   time.sleep(60)
   os._exit(0)
-print("ready", flush=True)
 time.sleep(60)
 """
 
