@@ -32,6 +32,9 @@ def pytest_configure(config):
   import jax
   from absl import flags
 
+  # Most programs here run once: compiling them well costs more than it saves.
+  # Commands that tests start as processes are compiled as their users' are.
+  jax.config.update("jax_disable_most_optimizations", True)
   # [T, E] + [E] works by accident until T == E; say it with an axis.
   jax.config.update("jax_numpy_rank_promotion", "raise")
   flags.FLAGS.mark_as_parsed()

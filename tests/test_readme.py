@@ -78,6 +78,7 @@ def test_the_router_of_the_readme_routes(tmp_path, monkeypatch):
   code = next(b for b in blocks("python") if "my_router" in b)
   (tmp_path / "my_router.py").write_text(code)
   monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, "my_router", raising=False)
   spec = re.search(r'router="(.*?)"\n', code)[1]
   router = resolve(Spec.parse(spec))
   routing = router(jnp.array([[0.1, 0.9, 0.5]]), jnp.ones(1, bool), rng=None)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one transformer: embed, prefix layers, scanned pattern, norm, logits."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -150,8 +151,9 @@ def describe_backends(model: Transformer, seq_len: int) -> list[str]:
   return [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: Transformer, key: Array) -> Any:
-  """The float32 parameter tree, unboxed; under jit it is created in place."""
+  """The float32 parameter tree, unboxed; one program, also when called bare."""
   tokens_BT = jnp.zeros((1, 8), jnp.int32)
   rows = Rows(jnp.ones((1, 8), jnp.int32), jnp.arange(8)[None])
   return nn.unbox(model.init(key, tokens_BT, rows)["params"])
