@@ -97,7 +97,8 @@ def generate_tokens(
   token_B, cache = _prefill(
     model, sampling, params, tokens_BT, rows, cache, keys_B
   )
-  positions_B = jnp.array([len(p) for p in prompts], jnp.int32)
+  # Host arrays: additions of JAX's would be a program each, every step.
+  positions_B = np.array([len(p) for p in prompts], np.int32)
   out: list[list[int]] = [[] for _ in prompts]
   alive = np.ones(B, bool)
   for step in range(max_new_tokens):
@@ -112,7 +113,7 @@ def generate_tokens(
     if not alive.any() or step + 1 == max_new_tokens:
       break
     token_B, cache = _decode(
-      model, sampling, params, token_B, positions_B + step, jnp.array(alive),
+      model, sampling, params, token_B, positions_B + step, alive,
       cache, keys_B, step,
     )  # fmt: skip
   return out

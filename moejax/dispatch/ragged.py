@@ -63,8 +63,8 @@ def sort_by_expert(
   Assignments to expert E (nowhere) come last and are in no group. The sort is
   stable, so the order within an expert is the tokens' own.
   """
-  order_A = jnp.argsort(expert_A, stable=True).astype(jnp.int32)
   A = expert_A.shape[0]
+  order_A = _stable_order(expert_A, A, num_experts)
   place_A = (
     jnp.zeros(A, jnp.int32)
     .at[order_A]
@@ -75,6 +75,14 @@ def sort_by_expert(
     0, jnp.int32
   )
   return order_A, place_A, sizes_E
+
+
+def _stable_order(expert_A: Array, A: int, E: int) -> Array:
+  if (E + 1) * A > jnp.iinfo(jnp.int32).max:
+    return jnp.argsort(expert_A, stable=True).astype(jnp.int32)
+  # Expert and place in one number: a sort without a payload takes a quarter of
+  # the time on a CPU, and equal keys do not occur.
+  return jnp.sort(expert_A * A + jnp.arange(A, dtype=jnp.int32)) % A
 
 
 @jax.custom_vjp
