@@ -7,7 +7,7 @@ VENV ?= .venv
 ARGS ?=
 CONFIG ?= configs/tiny.py
 RUN ?= runs/quickstart
-PROMPT ?= def
+PROMPT ?= class Parser
 # Tests run in this many processes; compiling keeps one core busy each.
 WORKERS ?= 2
 

@@ -6,6 +6,8 @@ import functools
 import json
 import math
 import os
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer
 from moejax.losses import router_metrics
 from moejax.models import Transformer
+from moejax.progress import progress_bar
 from moejax.runs import load_run
 from moejax.step import make_eval_step
 
@@ -37,9 +40,7 @@ def evaluate(
   size = config.eval.batch_size or (
     config.train.batch_size // config.train.accumulation_steps
   )
-  batches = data_lib.validation_batches(
-    stores, config.data, size, config.eval.num_batches
-  )
+  batches = data_lib.validation_batches(stores, size, config.eval.num_batches)
   values = evaluate_batches(config, model, params, batches, tokenizer)
   return {f"validation/{key}": value for key, value in values.items()}
 
@@ -75,6 +76,14 @@ def evaluate_batches(
   return values
 
 
+def _shown(batches: Iterable[Any]) -> Iterator[Any]:
+  """The batches, with progress on stderr: stdout holds the result alone."""
+  with progress_bar("evaluating, batches", None, sys.stderr) as bar:
+    for batch in batches:
+      yield batch
+      bar.advance()
+
+
 @functools.lru_cache(maxsize=8)
 def _jitted_eval_step(config: Config, model: Transformer):
   return jax.jit(make_eval_step(config, model))
@@ -104,11 +113,9 @@ def main(argv: list[str]) -> int:
     )
   else:
     stores = data_lib.open_stores(config.data, run.tokenizer)
-    batches = data_lib.validation_batches(
-      stores, config.data, size, num_batches
-    )
+    batches = data_lib.validation_batches(stores, size, num_batches)
   values = evaluate_batches(
-    config, run.model, run.params, batches, run.tokenizer
+    config, run.model, run.params, _shown(batches), run.tokenizer
   )
   name = ", ".join(args.data) if args.data else "validation"
   if args.json:

@@ -138,7 +138,6 @@ def load_batches(
 
 def validation_batches(
   stores: StoreSet,
-  config: DataConfig,
   batch_size: int,
   num_batches: int | None = None,
   *,
@@ -153,7 +152,6 @@ def validation_batches(
 
   Args:
     stores: as `open_stores` returns them.
-    config: unused as yet; the same signature as `load_batches`.
     batch_size: rows of the global batch.
     num_batches: at most so many; None is all.
     shard_index, shard_count: as in `load_batches`.
@@ -161,7 +159,6 @@ def validation_batches(
   Raises:
     DataError: there are no validation rows; while iterating: as `load_batches`.
   """
-  del config
   if batch_size % shard_count:
     raise ValueError(f"{batch_size} rows do not divide by {shard_count} shards")
   total = stores.rows("validation")

@@ -158,7 +158,7 @@ def test_validation_is_each_row_once_in_a_fixed_order(made):
   config, stores = made
   runs = []
   for _ in range(2):
-    with validation_batches(stores, config, B) as batches:
+    with validation_batches(stores, B) as batches:
       runs.append(list(batches))
   assert_equal(*runs)
   total = stores.rows("validation")
@@ -179,10 +179,10 @@ def test_validation_is_each_row_once_in_a_fixed_order(made):
 
 def test_validation_shards_and_limits(made):
   config, stores = made
-  whole = list(validation_batches(stores, config, B, 3))
+  whole = list(validation_batches(stores, B, 3))
   assert len(whole) == 3
   shards = [
-    list(validation_batches(stores, config, B, 3, shard_index=i, shard_count=2))
+    list(validation_batches(stores, B, 3, shard_index=i, shard_count=2))
     for i in range(2)
   ]
   joined = [
@@ -198,7 +198,7 @@ def test_no_validation_rows_tells_which_option_to_change(tmp_path):
   config, stores = make_stores(tmp_path, (20,), validation_fraction=0.0)
   assert stores.rows("validation") == 0
   with pytest.raises(DataError, match=r"data\.validation_fraction"):
-    validation_batches(stores, config, B)
+    validation_batches(stores, B)
   with pytest.raises(DataError, match="no validation rows"):
     load_batches(stores, config, "validation", B, 0)
 
