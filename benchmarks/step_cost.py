@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile time and memory of the training step, by depth.
 
-  python benchmarks/step_cost.py [--config=configs/tiny.py] [--layers 4 8 16 32]
+  python benchmarks/step_cost.py --config.model.scan_layers=True
 
 Each depth is traced and compiled in turn, several times over, without the
 compile cache. Memory is what XLA plans for the program, split by what is known
