@@ -52,7 +52,7 @@ def work_until(done, matmul, x) -> tuple[int, float]:
 
 def time_moejax(folder: str, state, repeats: int, matmul, x) -> dict:
   times = {"blocking": [], "total": [], "busy": [], "restore": []}
-  with Checkpointer(folder, every=1, keep_last=1) as ckpt:
+  with Checkpointer(folder, keep_last=1) as ckpt:
     for step in range(1, repeats + 1):
       start = time.perf_counter()
       ckpt.save(step, state, {"step": step})

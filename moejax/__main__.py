@@ -2,8 +2,10 @@
 """The `moejax` command: finds the command's module and hands it the rest."""
 
 import importlib
+import os
 import sys
 
+from moejax.cli import make_importable
 from moejax.errors import UserError
 
 COMMANDS = {
@@ -46,13 +48,26 @@ def main(argv: list[str] | None = None) -> int:
     print(f"moejax: no command {argv[0]!r}; known: {known}", file=sys.stderr)
     return 2
   try:
+    make_importable(os.getcwd())
     module = importlib.import_module(COMMANDS[argv[0]][0])
-    return module.main(argv[1:]) or 0
+    status = module.main(argv[1:]) or 0
+    sys.stdout.flush()
+    return status
   except UserError as e:
     if debug:
       raise
     print(f"moejax {argv[0]}: {e}", file=sys.stderr)
     return 2
+  except KeyboardInterrupt:
+    if debug:
+      raise
+    print(f"moejax {argv[0]}: stopped", file=sys.stderr)
+    return 130
+  except BrokenPipeError:
+    # The reader of a pipe (`| head`) has enough; nothing is left to say, also
+    # not by Python's own flush at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 if __name__ == "__main__":

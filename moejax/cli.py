@@ -2,11 +2,12 @@
 """What all commands share: reading `--config=FILE[:arg]` and its overrides."""
 
 import argparse
-import importlib.util
+import importlib.machinery
 import os
 import re
 import sys
-import typing
+import traceback
+import types
 
 import ml_collections
 
@@ -51,20 +52,24 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     raise ConfigError(f"no config file {filename!r}; see configs/ for examples")
   make_importable(os.path.dirname(os.path.abspath(filename)))
   name = re.sub(r"\W", "_", os.path.splitext(os.path.basename(filename))[0])
-  spec = importlib.util.spec_from_file_location(f"config_{name}", filename)
-  module = importlib.util.module_from_spec(typing.cast(typing.Any, spec))
+  loader = importlib.machinery.SourceFileLoader(f"config_{name}", filename)
+  module = types.ModuleType(loader.name)
+  module.__file__ = filename
   try:
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+      raise ConfigError("there is no function get_config in it")
+    config = module.get_config(arg) if arg else module.get_config()
   except SyntaxError as e:
     raise ConfigError(f"{filename}, line {e.lineno}: {e.msg}") from e
-  except ModuleNotFoundError as e:
-    raise ConfigError(f"{filename}: {e}") from e
-  if not hasattr(module, "get_config"):
-    raise ConfigError(f"{filename} has no function get_config")
-  try:
-    return module.get_config(arg) if arg else module.get_config()
-  except (AttributeError, KeyError, TypeError, ValueError) as e:
-    raise ConfigError(f"{filename}: {_explain(e)}") from e
+  except Exception as e:  # whatever a person's code may raise
+    raise ConfigError(f"{filename}{_line(e, filename)}: {_explain(e)}") from e
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"{filename}: get_config returned {type(config).__name__}, not the "
+      "ConfigDict of default_config(); is there a `return config`?"
+    )
+  return config
 
 
 def apply_overrides(
@@ -95,12 +100,21 @@ def make_importable(folder: str) -> None:
       sys.path.append(path)
 
 
+def _line(error: Exception, filename: str) -> str:
+  """Where in the file it went wrong, if it did there."""
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [f.lineno for f in frames if f.filename == filename]
+  return f", line {lines[-1]}" if lines else ""
+
+
 def _explain(error: Exception) -> str:
   """The first line of ConfigDict's messages, without its dump of all keys."""
-  text = str(error.args[0]) if error.args else str(error)
+  text = str(error.args[0]) if error.args else type(error).__name__
   match = re.search(r'Key "(\w+)" does not exist', text)
   if match:
     near = re.search(r'Did you mean "(\w+)"', text)
     hint = f"; did you mean {near[1]!r}?" if near else ""
     return f"no option {match[1]!r}{hint}"
-  return text.split("\n")[0]
+  known = (ConfigError, AttributeError, KeyError, TypeError, ValueError)
+  prefix = "" if isinstance(error, known) else f"{type(error).__name__}: "
+  return prefix + text.split("\n")[0]

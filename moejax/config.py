@@ -9,6 +9,8 @@ once. Code below this boundary reads plain attributes and never a default.
 
 import dataclasses
 import difflib
+import math
+import re
 import types
 import typing
 from typing import Any, Self
@@ -17,6 +19,10 @@ import ml_collections
 
 from moejax.errors import ConfigError
 from moejax.spec import Spec
+
+_LONGEST_ROW = 2**24  # a record of a token store is a message of protobuf
+# Steps, rows and seeds are 32-bit integers on every device.
+_LARGEST = 2**31 - 1
 
 
 def option(default: Any, doc: str) -> Any:
@@ -91,6 +97,10 @@ class MoEConfig:
       self.num_shared_experts >= 0, "model.moe.num_shared_experts is negative"
     )
     require_choice("model.moe.dispatch", self.dispatch, ("ragged", "dense"))
+    require_choice(
+      "model.moe.matmul", self.matmul,
+      ("auto", "reference", "cpu", "cpu_loops", "tpu", "gpu"),
+    )  # fmt: skip
     k = self.experts_per_token
     require(
       0 < k <= self.num_experts,
@@ -246,6 +256,10 @@ class DataConfig:
         f"data.weights={self.weights} must be >= 0 and not all zero",
       )
     require_positive("data", self, "seq_len", "prefetch_rows")
+    require(
+      self.seq_len <= _LONGEST_ROW,
+      f"data.seq_len={self.seq_len} is beyond {_LONGEST_ROW}",
+    )
     require(self.num_workers >= 0, "data.num_workers is negative")
     require(
       0 <= self.validation_fraction < 1,
@@ -322,6 +336,13 @@ class OptimizerConfig:
       require(0 <= value < 1, f"optimizer.{name}={value} is not in [0, 1)")
     require(self.weight_decay >= 0, "optimizer.weight_decay is negative")
     require(self.clip_norm >= 0, "optimizer.clip_norm is negative")
+    for pattern in self.no_decay:
+      try:
+        re.compile(pattern)
+      except re.error as e:
+        raise ConfigError(
+          f"optimizer.no_decay: {pattern!r} is no regular expression: {e}"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,7 +414,7 @@ class EvalConfig:
 
   every: int = option(500, "steps between evaluations; 0 is never")
   num_batches: int = option(16, "validation batches; fewer if they run out")
-  batch_size: int = option(0, "rows per batch; 0 takes a microbatch's")
+  batch_size: int = option(0, "rows per batch; 0 takes train.batch_size")
   sample_prompt: str = option("", "text continued at each evaluation")
   sample_tokens: int = option(0, "tokens of that sample; 0 writes none")
 
@@ -531,7 +552,7 @@ def _field(cls: type, name: str, where: str) -> dataclasses.Field:
 
 def _build(cls: type, values: Any, where: str) -> Any:
   if not isinstance(values, (typing.Mapping, ml_collections.ConfigDict)):
-    raise ConfigError(f"{where} is a section, got {values!r}")
+    raise ConfigError(f"{where or 'a config'} is a section, got {values!r}")
   kwargs = {}
   for name in values:
     field = _field(cls, name, where)
@@ -550,11 +571,15 @@ def _check_type(kind: Any, value: Any, path: str) -> Any:
     element = typing.get_args(kind)[0]
     return tuple(_check_type(element, v, path) for v in value)
   if kind is float and type(value) is int:
-    return float(value)
+    value = float(value)
   if type(value) is not kind:
     raise ConfigError(
       f"{path}={value!r} must be {kind.__name__}, not {type(value).__name__}"
     )
+  if kind is float and not math.isfinite(value):
+    raise ConfigError(f"{path}={value!r} must be a finite number")
+  if kind is int and abs(value) > _LARGEST:
+    raise ConfigError(f"{path}={value} is beyond {_LARGEST}")
   return value
 
 

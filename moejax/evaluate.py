@@ -11,17 +11,17 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax import data as data_lib
 from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer
+from moejax.errors import ConfigError, DataError
 from moejax.losses import router_metrics
 from moejax.models import Transformer
 from moejax.progress import progress_bar
 from moejax.runs import load_run
-from moejax.step import make_eval_step
+from moejax.step import device_batch, make_eval_step
 
 
 def evaluate(
@@ -37,12 +37,21 @@ def evaluate(
     `validation/xent` (nats per token), `validation/perplexity`,
     `validation/bits_per_byte`, `validation/tokens` and the routers' metrics.
   """
-  size = config.eval.batch_size or (
-    config.train.batch_size // config.train.accumulation_steps
-  )
-  batches = data_lib.validation_batches(stores, size, config.eval.num_batches)
+  batches = validation_batches(config, stores, config.eval.num_batches)
   values = evaluate_batches(config, model, params, batches, tokenizer)
   return {f"validation/{key}": value for key, value in values.items()}
+
+
+def validation_batches(config: Config, stores: Any, num_batches: int) -> Any:
+  """The first `num_batches` validation batches, read in microbatches.
+
+  Which rows these are does not depend on `train.accumulation_steps`.
+  """
+  size = config.eval.batch_size or config.train.batch_size
+  micro = size
+  if not config.eval.batch_size:
+    micro //= config.train.accumulation_steps
+  return data_lib.validation_batches(stores, micro, num_batches * size // micro)
 
 
 def evaluate_batches(
@@ -53,18 +62,16 @@ def evaluate_batches(
   xent = tokens = num_bytes = 0.0
   stats = None
   for batch in batches:
-    arrays = {
-      key: jnp.asarray(batch[key])
-      for key in ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-    }
-    sums, batch_stats = jax.device_get(eval_step(params, arrays))
+    sums, batch_stats = jax.device_get(eval_step(params, device_batch(batch)))
     xent += float(sums.xent)
     tokens += float(sums.tokens)
     num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
     if batch_stats is not None:
       flat = jax.tree.map(lambda x: x.sum(1, keepdims=True), batch_stats)
       stats = flat if stats is None else jax.tree.map(np.add, stats, flat)
-  mean = xent / max(tokens, 1.0)
+  if not tokens:
+    raise DataError("there is nothing to evaluate on: no target token")
+  mean = xent / tokens
   values = {
     "xent": mean,
     "perplexity": math.exp(min(mean, 700.0)),
@@ -105,15 +112,18 @@ def main(argv: list[str]) -> int:
   args = parser.parse_args(argv)
   run = load_run(args.workdir, args.step)
   config = run.config
-  num_batches = args.num_batches or config.eval.num_batches
-  size = config.eval.batch_size or config.train.batch_size
+  if args.num_batches is not None and args.num_batches < 1:
+    raise ConfigError(f"--num-batches={args.num_batches} must be positive")
   if args.data:
+    size = config.eval.batch_size or config.train.batch_size
     batches = data_lib.file_batches(
       args.data, run.tokenizer, config.data, size, args.num_batches
     )
   else:
     stores = data_lib.open_stores(config.data, run.tokenizer)
-    batches = data_lib.validation_batches(stores, size, num_batches)
+    batches = validation_batches(
+      config, stores, args.num_batches or config.eval.num_batches
+    )
   values = evaluate_batches(
     config, run.model, run.params, _shown(batches), run.tokenizer
   )

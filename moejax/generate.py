@@ -20,7 +20,9 @@ import numpy as np
 
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
+from moejax.memory import require_memory
 from moejax.models import KVCache, Rows, Transformer, unstack_repeats
+from moejax.progress import printable
 from moejax.routing import is_causal, resolve
 from moejax.runs import load_run
 from moejax.sampling import Sampling, next_tokens
@@ -65,7 +67,9 @@ def generate(
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
   """The prompt as training saw documents begin."""
-  ids = [int(i) for i in tokenizer.encode(prompt)]
+  # What a shell passes on of bytes that are not UTF-8.
+  text = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+  ids = [int(i) for i in tokenizer.encode(text)]
   if tokenizer.bos_id is not None:
     return [tokenizer.bos_id, *ids]
   return ids or [tokenizer.eos_id]
@@ -92,7 +96,15 @@ def generate_tokens(
   tokens_BT, rows = left_pad(prompts)
   B, T = tokens_BT.shape
   cache_len = -(-(T + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
-  cache = KVCache.empty(model.config, B, cache_len)
+  cache = functools.partial(KVCache.empty, model.config, B, cache_len)
+  require_memory(
+    sum(
+      x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(cache))
+    ),
+    f"a cache of {B} x {cache_len} tokens",
+    "ask for fewer tokens or prompts",
+  )
+  cache = cache()
   keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
   token_B, cache = _prefill(
     model, sampling, params, tokens_BT, rows, cache, keys_B
@@ -219,6 +231,8 @@ def main(argv: list[str]) -> int:
   add("--step", type=int, help="checkpoint step (default: the newest)")
   args = parser.parse_args(argv)
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
+  if not 0 <= args.seed < 2**31:
+    raise ConfigError(f"--seed={args.seed} is not in [0, 2**31)")
   run = load_run(args.workdir, args.step)
   prompts = args.prompt or [""]
   print(f"[{args.workdir}, step {run.step}]", file=sys.stderr)
@@ -231,7 +245,7 @@ def main(argv: list[str]) -> int:
     stream.close()
     return 0
   for prompt, text in zip(prompts, texts, strict=True):
-    print(f"--- {prompt!r}\n{prompt}{text}")
+    print(printable(f"--- {prompt!r}\n{prompt}{text}", sys.stdout))
   return 0
 
 
@@ -250,5 +264,5 @@ class _Stream:
     self._write(self._decoder.finish() + "\n")
 
   def _write(self, text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text, sys.stdout))
     sys.stdout.flush()

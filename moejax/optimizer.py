@@ -31,12 +31,13 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     boundaries = [warmup, warmup + stable]
   else:
     cosine = schedule.name == "cosine"
-    tail = (
+    fall = (
       optax.cosine_decay_schedule(peak, rest, schedule.final)
       if cosine
       else optax.linear_schedule(peak, final, rest)
     )
-    parts, boundaries = [tail], [warmup]
+    # The last step of the run is the one that has `final`.
+    parts, boundaries = [lambda step: fall(step + 1)], [warmup]
   # Step 0 already learns: the warm-up ends at the peak, it starts above zero.
   ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, *parts], boundaries)

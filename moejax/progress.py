@@ -128,6 +128,14 @@ def progress_bar(
     display.stop()
 
 
+def printable(text: str, stream: TextIO) -> str:
+  """The text without control characters, and with `?` for what the stream's
+  encoding lacks: an ASCII terminal is no error."""
+  text = CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
+  encoding = stream.encoding or "utf-8"
+  return text.encode(encoding, "replace").decode(encoding)
+
+
 def format_count(number: float) -> str:
   """1234567 as `1.23M`: three digits, SI prefix."""
   if not abs(number) < 1e18:  # also NaN
@@ -138,6 +146,14 @@ def format_count(number: float) -> str:
   if abs(number) >= 1000:
     return f"{number / 1000:.3g}k" if abs(number) < 999500 else "1M"
   return f"{number:.3g}"
+
+
+def format_bytes(number: float) -> str:
+  """1610612736 as `1.50 GiB`."""
+  for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+    if number >= size:
+      return f"{number / size:.3g} {unit}"
+  return f"{number / 2**10:.3g} KiB"
 
 
 def format_seconds(seconds: float) -> str:
@@ -187,16 +203,10 @@ class _Display:
     self._guard(self._show, fraction, fields)
 
   def message(self, text: str) -> None:
-    text = CONTROL.sub(lambda match: f"\\x{ord(match.group()):02x}", text)
-    self._guard(self._message, self._encodable(text))
+    self._guard(self._message, printable(text, self._stream))
 
   def stop(self) -> None:
     self._guard(self._stop)
-
-  def _encodable(self, text: str) -> str:
-    """Other characters become `?`; an ASCII terminal is no error."""
-    encoding = self._stream.encoding or "utf-8"
-    return text.encode(encoding, "replace").decode(encoding)
 
   def _guard(self, function, *args) -> None:
     """A closed pipe or an odd terminal must not end a run of days."""
@@ -232,7 +242,7 @@ class _Plain(_Display):
 
   def _print_waiting(self) -> None:
     if self._waiting is not None:
-      self._message(self._encodable(self._waiting))
+      self._message(printable(self._waiting, self._stream))
       self._lines += 1
       self._waiting = None
 

@@ -32,7 +32,7 @@ def restore_or_none(
   stores: StoreSet,
 ) -> Restored | None:
   """The newest valid checkpoint, if it is of this very run."""
-  if not checkpoints.steps():
+  if checkpoints.is_empty():
     return None
   meta = checkpoints.read_meta()
   check_same_run(config, meta)

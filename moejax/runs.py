@@ -19,9 +19,11 @@ from typing import Any
 import jax
 
 from moejax.checkpoint import Checkpointer, CheckpointReader
+from moejax.cli import make_importable
 from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
-from moejax.errors import CheckpointError, DataError
+from moejax.errors import CheckpointError, DataError, UserError
+from moejax.files import write_atomically
 from moejax.hardware import keep_freed_memory
 from moejax.models import (
   Transformer,
@@ -30,6 +32,7 @@ from moejax.models import (
   init_params,
   train_flops_per_token,
 )
+from moejax.routing import home_of, resolve
 
 PACKAGES = (
   "moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
@@ -81,9 +84,7 @@ def open_checkpoints(
   workdir: str | os.PathLike, config: Config
 ) -> Checkpointer:
   c = config.checkpoint
-  return Checkpointer(
-    checkpoint_folder(workdir), c.every, c.keep_last, c.keep_every
-  )
+  return Checkpointer(checkpoint_folder(workdir), c.keep_last, c.keep_every)
 
 
 def abstract_params(model: Transformer) -> Any:
@@ -106,21 +107,44 @@ def read_config(workdir: str | os.PathLike) -> Config:
   """The config that the run in this folder was started with."""
   path = Path(workdir) / "config.json"
   try:
-    return Config.from_dict(json.loads(path.read_text())["config"])
+    record = json.loads(path.read_text())
+    if record["router_home"]:
+      make_importable(record["router_home"])
+    return Config.from_dict(record["config"])
   except FileNotFoundError:
     raise DataError(
       f"{workdir} is not the folder of a run: it has no config.json; start one "
       "with moejax train --config=... --workdir=..."
     ) from None
-  except (json.JSONDecodeError, KeyError, OSError) as e:
-    raise DataError(f"{path} cannot be read: {e}") from e
+  except (KeyError, TypeError, UnicodeDecodeError, OSError) as e:
+    raise DataError(f"{path} cannot be read: {e!r}") from e
+  except json.JSONDecodeError as e:
+    raise DataError(f"{path} is damaged: {e}") from e
 
 
-def write_config(workdir: str | os.PathLike, config: Config) -> None:
-  """Writes config.json whole or not at all."""
+def write_files(
+  workdir: str | os.PathLike, config: Config, tokenizer: Tokenizer
+) -> None:
+  """Writes config.json and the tokenizer, each whole or not at all.
+
+  Raises:
+    UserError: the folder cannot be written, or the disk is full.
+  """
+  try:
+    tokenizer.save(workdir)
+    text = json.dumps(_record(config), indent=2) + "\n"
+    write_atomically(Path(workdir) / "config.json", text)
+  except OSError as e:
+    raise UserError(
+      f"cannot write {e.filename or workdir}: {e.strerror or e}"
+    ) from e
+
+
+def _record(config: Config) -> dict[str, Any]:
   counts = count(config.model)
-  record = {
+  return {
     "config": config.to_dict(),
+    "router_home": home_of(resolve(config.model.moe.router_spec)),
     "versions": versions(),
     "git_commit": git_commit(),
     "num_params": counts.num_params,
@@ -132,10 +156,6 @@ def write_config(workdir: str | os.PathLike, config: Config) -> None:
       "devices": jax.device_count(),
     },
   }
-  path = Path(workdir) / "config.json"
-  temporary = path.with_suffix(".json.tmp")
-  temporary.write_text(json.dumps(record, indent=2) + "\n")
-  os.replace(temporary, path)
 
 
 def versions() -> dict[str, str]:

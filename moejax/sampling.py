@@ -2,6 +2,7 @@
 """From logits to the next token: greedy, temperature, top-k, top-p."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,18 @@ from moejax.errors import ConfigError
 
 Array = jax.Array
 
+# Below, any two float32 logits that differ are worlds apart, and the division
+# would overflow.
+_GREEDY = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
   """How a next token is drawn.
 
   Attributes:
-    temperature: 0 takes the likeliest token; else logits are divided by it.
+    temperature: 0 (or below 1e-6) takes the likeliest token; else logits are
+      divided by it.
     top_k: keep only the k likeliest tokens; 0 keeps all.
     top_p: keep the likeliest tokens that together reach this probability
       (Holtzman et al. 2020); 1 keeps all.
@@ -27,9 +33,9 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if self.temperature < 0:
+    if not 0 <= self.temperature < math.inf:
       raise ConfigError(
-        f"temperature={self.temperature} is negative; 0 is greedy"
+        f"temperature={self.temperature} is not a number >= 0; 0 is greedy"
       )
     if self.top_k < 0:
       raise ConfigError(f"top_k={self.top_k} is negative; 0 keeps all tokens")
@@ -39,7 +45,7 @@ class Sampling:
 
 def next_tokens(sampling: Sampling, logits_BV: Array, keys_B: Array) -> Array:
   """One token per row, int32 [B]; each row draws from its own key."""
-  if sampling.temperature == 0:
+  if sampling.temperature < _GREEDY:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
   logits_BV = _keep(sampling, logits_BV / sampling.temperature)
   return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)

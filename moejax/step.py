@@ -7,6 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from moejax import losses
@@ -17,6 +18,9 @@ from moejax.routing import RouterStats
 
 Array = jax.Array
 Batch = dict[str, Array]
+
+
+BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 
 @flax.struct.dataclass
@@ -38,6 +42,11 @@ class TrainState:
   rng: Array
 
 
+def device_batch(batch: dict[str, np.ndarray]) -> Batch:
+  """What a step computes with, on the device."""
+  return {key: jnp.asarray(batch[key]) for key in BATCH_KEYS}
+
+
 def init_state(config: Config, model: Transformer) -> TrainState:
   """A fresh state from the config's seed."""
   params_key, rng = jax.random.split(jax.random.key(config.seed))
@@ -57,8 +66,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
   """The step for this config; jit it with the state donated.
 
-  Its metrics are the loss terms, `grad_norm`, `learning_rate`, `tokens`
-  (targets of the batch), the router's, and `load_LE`, each expert's share.
+  Its metrics are the loss terms, `grad_norm`, `param_norm` (of the result),
+  `learning_rate`, `tokens` (targets of the batch), the router's, and `load_LE`,
+  each expert's share.
   """
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   schedule = make_schedule(config.optimizer, config.train.num_steps)
@@ -81,10 +91,10 @@ def make_train_step(
     if stats is not None:
       metrics |= losses.router_metrics(stats)
       metrics["load_LE"] = losses.load_shares(stats)
+    params = optax.apply_updates(state.params, updates)
+    metrics["param_norm"] = optax.tree.norm(params)  # after the update
     state = state.replace(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
+      step=state.step + 1, params=params, opt_state=opt_state
     )
     return state, metrics
 

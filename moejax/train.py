@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax import data as data_lib
@@ -27,13 +26,14 @@ from moejax.errors import ConfigError, DataError, UserError
 from moejax.evaluate import evaluate
 from moejax.generate import DEFAULT_SAMPLING, generate
 from moejax.hardware import keep_freed_memory, peak_flops
+from moejax.memory import check_state_fits, compile_step
 from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
 from moejax.progress import TrainProgress
 from moejax.resume import restore_or_none
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
-from moejax.step import TrainState, init_state, make_train_step
+from moejax.step import TrainState, device_batch, init_state
 
 
 def main(argv: list[str]) -> int:
@@ -69,25 +69,24 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
   """
   workdir = Path(workdir)
   keep_freed_memory()
+  # Before anything is written: what is wrong with the data or the config.
+  tokenizer = load_tokenizer_of(config)
+  stores = data_lib.open_stores(config.data, tokenizer)
+  if config.eval.every and not stores.rows("validation"):
+    raise DataError(
+      "no validation rows: raise data.validation_fraction and prepare again, "
+      "or set eval.every=0"
+    )
+  check_state_fits(config)
+  model = build(config.model)
+  jax.eval_shape(lambda: init_state(config, model))
   with RunLock(workdir), PreemptionGuard() as guard:
-    # -- data ---------------------------------------------------------------
-    tokenizer = load_tokenizer_of(config)
-    stores = data_lib.open_stores(config.data, tokenizer)
-    if config.eval.every and not stores.rows("validation"):
-      raise DataError(
-        "no validation rows: raise data.validation_fraction and prepare again, "
-        "or set eval.every=0"
-      )
-    # -- model and state ----------------------------------------------------
-    model = build(config.model)
-    train_step = jax.jit(make_train_step(config, model), donate_argnums=0)
     with runs.open_checkpoints(workdir, config) as checkpoints:
       restored = restore_or_none(config, model, checkpoints, tokenizer, stores)
       state = restored.state if restored else _fresh_state(config, model)
       start = int(state.step)
       announce(config, model, stores, workdir, start)
-      runs.write_config(workdir, config)
-      tokenizer.save(workdir)
+      runs.write_files(workdir, config, tokenizer)
       if start >= config.train.num_steps:
         print(
           f"already trained to step {start}; raise train.num_steps to go on",
@@ -95,6 +94,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
         )
         _report(workdir)
         return 0
+      train_step = compile_step(config, model)
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
       )
@@ -134,7 +134,7 @@ class Loop:
     self.flops_per_token = train_flops_per_token(
       config.model, config.data.seq_len
     )
-    self.saved_step = self.evaluated_step = -1
+    self.saved_step = -1
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
     self.clock = time.perf_counter()
@@ -164,8 +164,6 @@ class Loop:
         self._after_step()
         stop = guard.should_stop(self.step)
       self._log_pending()
-      if self.step == last and self.evaluated_step != last:
-        self._evaluate()
       if self.saved_step != self.step:
         self._save()
       self.checkpoints.wait()
@@ -173,7 +171,10 @@ class Loop:
 
   def _after_step(self) -> None:
     config = self.config
-    if _due(config.eval.every, self.step):
+    # The end is evaluated before it is saved: a saved run has nothing left to do.
+    if (
+      _due(config.eval.every, self.step) or self.step == config.train.num_steps
+    ):
       self._log_pending()
       self._evaluate()
     if _due(config.checkpoint.every, self.step):
@@ -192,17 +193,25 @@ class Loop:
       load_LE = metrics.pop("load_LE")
       if step % LOAD_EVERY == 0 or step == 1:
         self.log.load(step, load_LE)
-    if not np.isfinite(metrics["loss/total"]):
-      raise UserError(
-        f"the loss is {metrics['loss/total']} at step {step}; the newest "
-        f"checkpoint is of step {self.checkpoints.latest()}: lower "
-        "optimizer.learning_rate, or look at the data of this step"
-      )
+    self._check_finite(step, metrics)
     tokens = int(metrics["tokens"])
     self.tokens_seen += tokens
     metrics["tokens"] = self.tokens_seen
     self.log.step(step, metrics)
     self._log_time(step, tokens, metrics)
+
+  def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+    """Before step n is saved: loss and gradient of it, parameters after it."""
+    for name in ("loss/total", "grad_norm", "param_norm"):
+      if not np.isfinite(metrics[name]):
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest()
+        raise UserError(
+          f"{name} is {metrics[name]} at step {step}; the newest checkpoint is "
+          f"{'none' if newest is None else f'of step {newest}, before it'}. Use "
+          "a lower optimizer.learning_rate, in a new --workdir, or look at the "
+          "data of this step"
+        )
 
   def _log_time(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
     now = time.perf_counter()
@@ -233,7 +242,6 @@ class Loop:
     config = self.config
     if not config.eval.every:
       return
-    self.evaluated_step = self.step
     with self._timed("evaluation"):
       values = evaluate(
         config, self.model, self.state.params, self.stores, self.tokenizer
@@ -289,12 +297,6 @@ class _Timer:
 
   def __exit__(self, *exc_info) -> None:
     self._times[self._name] += time.perf_counter() - self._start
-
-
-def device_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """What the step computes with, on the device."""
-  keys = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
-  return {key: jnp.asarray(batch[key]) for key in keys}
 
 
 def load_tokenizer_of(config: Config) -> Tokenizer:

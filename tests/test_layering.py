@@ -18,14 +18,14 @@ FOLDERS = ("moejax", "configs", "tests", "benchmarks", "experiments")
 
 # From the bottom up: a module imports its own layer and those before it.
 LAYERS = {
-  "foundation": "config spec shapes errors",
+  "foundation": "config spec shapes errors files",
   "mechanisms": "ops routing dispatch experts",
   "parts": (
     "models data parallel checkpoint runlock optimizer losses metrics "
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train resume step runs evaluate generate report data.command "
+    "__main__ cli train resume step memory runs evaluate generate report data.command "
     "finetune analysis plan convert"
   ),
 }

@@ -139,7 +139,7 @@ class CheckpointReader:
     while True:
       candidate = self._candidate(tried) if step is None else step
       candidate = processes.from_first(candidate)
-      if candidate == NONE:
+      if step is None and candidate == NONE:
         raise CheckpointError(self._none_message(tried))
       manifest, reason = self._examine(candidate, check)
       if processes.all_true(not reason):

@@ -35,7 +35,6 @@ class Checkpointer(CheckpointReader):
   def __init__(
     self,
     directory: str | os.PathLike,
-    every: int,
     keep_last: int,
     keep_every: int = 0,
   ):
@@ -43,7 +42,6 @@ class Checkpointer(CheckpointReader):
 
     Args:
       directory: where the steps are; local or gs://.
-      every: steps between checkpoints.
       keep_last: how many of the newest stay.
       keep_every: multiples of this stay for good; 0 is none.
 
@@ -51,7 +49,7 @@ class Checkpointer(CheckpointReader):
       CheckpointError: the folder cannot be made or written.
     """
     super().__init__(directory)
-    self.every, self.keep_last, self.keep_every = every, keep_last, keep_every
+    self.keep_last, self.keep_every = keep_last, keep_every
     self._thread: threading.Thread | None = None
     self._error: CheckpointError | None = None
     self._commits = 0
@@ -73,10 +71,6 @@ class Checkpointer(CheckpointReader):
       raise CheckpointError(
         f"cannot write checkpoints to {self.directory}: {e.strerror or e}"
       ) from e
-
-  def should_save(self, step: int) -> bool:
-    """Whether `every` asks for a checkpoint after this step."""
-    return step > 0 and step % self.every == 0
 
   def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
     """Copies the state to the host, then writes it in the background.

@@ -13,7 +13,6 @@ from moejax.data.loader import (
   BatchIterator,
   file_batches,
   load_batches,
-  rows_from_texts,
   validation_batches,
 )
 from moejax.data.store_set import StoreSet, open_stores
@@ -28,7 +27,6 @@ __all__ = [
   "load_tokenizer",
   "open_stores",
   "prepare",
-  "rows_from_texts",
   "train_tokenizer",
   "validation_batches",
 ]

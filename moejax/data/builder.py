@@ -21,6 +21,7 @@ from moejax.config import DataConfig
 from moejax.data import parts, sources, store, workers
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import DataError
+from moejax.files import write_atomically
 from moejax.progress import format_count, format_seconds, progress_bar
 
 SOURCES = "sources.json"
@@ -213,7 +214,7 @@ def _start_or_continue(
       path.unlink()
   try:
     tokenizer.save(building)
-    parts.write_atomically(building / parts.PLAN, plan.text())
+    write_atomically(building / parts.PLAN, plan.text())
   except OSError as e:
     raise DataError(f"cannot write {building}: {e.strerror}") from None
 
@@ -293,7 +294,7 @@ def _finish(
     store.write_metadata(building, plan.key["seq_len"], dtype, manifest)
     (building / SOURCES).write_text(json.dumps(plan.digests, indent=1))
     text = json.dumps(manifest, indent=1, sort_keys=True)
-    parts.write_atomically(building / store.MANIFEST, text)
+    write_atomically(building / store.MANIFEST, text)
   except OSError as e:
     raise DataError(f"cannot write {building}: {e.strerror}") from None
   shards = {}

@@ -189,7 +189,7 @@ def _json_lines(
     text = _decode(line)
     try:
       record = json.loads(text.text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
       raise DataError(f"{where}: not JSON: {e}") from None
     doc = document(_field(record, text_key, where), where)
     yield Document(doc.text, doc.replaced + text.replaced)

@@ -9,6 +9,7 @@ its step, and going on from it costs nothing.
 import dataclasses
 import hashlib
 import itertools
+import logging
 import math
 import sys
 import weakref
@@ -23,6 +24,8 @@ from moejax.data.mixture import Mixture
 from moejax.data.store_set import Batch, StoreSet, check_vocabulary
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # Reading is short work under the interpreter lock: more threads do not help.
 _THREADS = 2
@@ -188,20 +191,6 @@ def validation_batches(
   return BatchIterator(batches(), stores, "validation")
 
 
-def rows_from_texts(
-  texts: Iterable[str], tokenizer: Tokenizer, seq_len: int
-) -> list[packing.Row]:
-  """Packs texts in memory; a text that fits in one row is never cut.
-
-  Raises:
-    DataError: there is no text.
-  """
-  rows = list(_pack_texts(texts, tokenizer, seq_len))
-  if not rows:
-    raise DataError("there is no text to evaluate on")
-  return rows
-
-
 def _pack_texts(
   texts: Iterable[str], tokenizer: Tokenizer, seq_len: int
 ) -> Iterator[packing.Row]:
@@ -238,10 +227,16 @@ def file_batches(
 
   def texts() -> Iterator[str]:
     for spec in specs:
+      replaced = 0
       source = sources.open_source(spec, config.text_key)
       for number, file in enumerate(source.units()):
         for doc in source.documents(sources.Slice(number, 0, file.count)):
+          replaced += doc.replaced
           yield doc.text
+      if replaced:
+        logger.warning(
+          "%s: %d invalid UTF-8 sequences replaced", spec, replaced
+        )
 
   rows = enumerate(_pack_texts(texts(), tokenizer, config.seq_len))
   count = 0

@@ -16,6 +16,7 @@ from moejax.data import sources, store
 from moejax.data.packing import MIN_PIECE, Packer
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
+from moejax.files import write_atomically
 
 PLAN = "plan.json"
 
@@ -190,15 +191,3 @@ class _ShardWriter:
       with contextlib.suppress(RuntimeError):
         self._writer.close()
       self._partial.unlink(missing_ok=True)
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  try:
-    with open(partial, "w") as f:
-      f.write(text)
-      f.flush()
-      os.fsync(f.fileno())
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from moejax.errors import DataError
+from moejax.files import write_atomically
 
 FILE_NAME = "tokenizer.json"
 BOS_NAMES = (
@@ -106,7 +107,7 @@ class ByteTokenizer(Tokenizer):
 
   def save(self, folder: str | os.PathLike) -> None:
     text = json.dumps({"moejax_tokenizer": self.name}) + "\n"
-    pathlib.Path(folder, FILE_NAME).write_text(text)
+    write_atomically(pathlib.Path(folder, FILE_NAME), text)
 
 
 class FileTokenizer(Tokenizer):
@@ -194,7 +195,7 @@ class FileTokenizer(Tokenizer):
     return lengths
 
   def save(self, folder: str | os.PathLike) -> None:
-    pathlib.Path(folder, FILE_NAME).write_text(self._text, encoding="utf-8")
+    write_atomically(pathlib.Path(folder, FILE_NAME), self._text)
 
   def __getstate__(self) -> dict:
     left_out = ("_tokenizer", "_byte_lengths")

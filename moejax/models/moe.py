@@ -30,7 +30,7 @@ class MoE(nn.Module):
   def __call__(
     self, x_BTD: Array, rows: Rows, layer: Array
   ) -> tuple[Array, RouterStats]:
-    """Output [B, T, D] and the routing's sums; padding rows get zero.
+    """Output [B, T, D] and the routing's sums; no expert sees padding rows.
 
     `layer` is the layer's index, which sets its routing noise apart.
     """

@@ -60,13 +60,14 @@ class Transformer(nn.Module):
     self.w_embed_VD = weight(self, "w_embed_VD", (V, D), axes, cfg.init_std)
     if not cfg.tie_embeddings:
       self.w_output_VD = weight(self, "w_output_VD", (V, D), axes, cfg.init_std)
+    block = _checkpointed(Block, cfg, in_scan=False)
     self.prefix = [
-      Block(cfg, layer, self.backends) for layer in cfg.prefix_layers
+      block(cfg, layer, self.backends) for layer in cfg.prefix_layers
     ]
     if cfg.scan_layers:
       self.repeats = _scanned(cfg)(cfg, self.backends)
     else:
-      repeat = _checkpointed(cfg)
+      repeat = _checkpointed(Repeat, cfg, in_scan=False)
       self.repeats = [
         repeat(cfg, self.backends) for _ in range(cfg.num_repeats)
       ]
@@ -171,22 +172,22 @@ def unstack_repeats(config: ModelConfig, params: Any) -> Any:
   return rest
 
 
-def _checkpointed(config: ModelConfig) -> type[nn.Module]:
-  """`Repeat` under the config's remat policy."""
+def _checkpointed(
+  module: type[nn.Module], config: ModelConfig, in_scan: bool
+) -> type[nn.Module]:
+  """The module under the config's remat policy."""
   if config.remat == "none":
-    return Repeat
+    return module
   # Inside a scan, XLA cannot merge the recomputation with the first pass.
   return nn.remat(
-    Repeat,
-    policy=REMAT_POLICIES[config.remat],
-    prevent_cse=not config.scan_layers,
+    module, policy=REMAT_POLICIES[config.remat], prevent_cse=not in_scan
   )
 
 
 def _scanned(config: ModelConfig) -> type[nn.Module]:
   """`Repeat` under remat and scan; parameters are stacked over repeats."""
   return nn.scan(
-    _checkpointed(config),
+    _checkpointed(Repeat, config, in_scan=True),
     variable_axes={"params": 0},
     split_rngs={"params": True},
     in_axes=(0, 0, nn.broadcast),

@@ -12,7 +12,9 @@ not depend on how a batch is split over devices or microbatches.
 
 import functools
 import importlib
+import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from typing import Self
 
@@ -107,6 +109,21 @@ def resolve(spec: Spec) -> Router:
   router = getattr(module, name)
   _check_options(router, spec)
   return functools.partial(router, **spec.kwargs)
+
+
+def home_of(router: Router) -> str | None:
+  """The folder to import a router of one's own from; None for built-in ones."""
+  inner = router.func if isinstance(router, functools.partial) else router
+  package = inner.__module__.partition(".")[0]
+  if package == "moejax":
+    return None
+  spec = importlib.util.find_spec(package)
+  if spec is None or not spec.has_location:
+    return None  # made in a notebook
+  folders = spec.submodule_search_locations
+  return os.path.dirname(
+    os.path.abspath(folders[0] if folders else spec.origin)
+  )
 
 
 def _routers(module) -> list[str]:

@@ -8,6 +8,7 @@ renormalise over the chosen ones; DeepSeek-V3 scores by sigmoid.
 import jax
 import jax.numpy as jnp
 
+from moejax.errors import ConfigError
 from moejax.routing.base import Routing
 
 Array = jax.Array
@@ -37,16 +38,21 @@ def top_k(
     rng: one key per token, shape [T]; None switches the jitter off.
 
   Raises:
-    ValueError: an unknown score, or renormalisation at k = 1, which would make
-      the weight 1 and leave the router without a gradient.
+    ConfigError: an unknown score, a jitter outside [0, 1), or renormalisation
+      at k = 1, which would make the weight 1 and leave the router without a
+      gradient.
   """
   if score not in ("softmax", "sigmoid"):
-    raise ValueError(f"score={score!r} is neither 'softmax' nor 'sigmoid'")
-  if renormalize and k == 1:
-    raise ValueError(
-      "renormalize=True with k=1 gives the router no gradient; use k >= 2 or "
-      "renormalize=False"
+    raise ConfigError(
+      f"model.moe.router: score={score!r} is neither 'softmax' nor 'sigmoid'"
     )
+  if renormalize and k == 1:
+    raise ConfigError(
+      "model.moe.router: renormalize=True with k=1 gives the router no "
+      "gradient; use k >= 2 or renormalize=False"
+    )
+  if not isinstance(jitter, (int, float)) or not 0 <= jitter < 1:
+    raise ConfigError(f"model.moe.router: jitter={jitter!r} is not in [0, 1)")
   noisy_TE = logits_TE
   if jitter and rng is not None:
     noisy_TE = logits_TE * _uniform(rng, logits_TE.shape[-1], jitter)

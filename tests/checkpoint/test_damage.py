@@ -32,7 +32,7 @@ def abstract():
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pristine")
-  with Checkpointer(folder, every=1, keep_last=9) as ckpt:
+  with Checkpointer(folder, keep_last=9) as ckpt:
     for step in (1, 2, 3):
       ckpt.save(step, state_of(step), {"step": step})
   return folder
@@ -181,7 +181,7 @@ def test_another_format_is_an_error_not_damage(folder):
 def test_training_goes_on_past_a_damaged_step_and_replaces_it(folder):
   flip_bit(files_of(folder)[0], random.Random(1))
   (folder / "2/manifest.json").write_text("{}")
-  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+  with Checkpointer(folder, keep_last=2) as ckpt:
     assert ckpt.restore(abstract()).step == 1
     ckpt.save(2, state_of(20), {"step": 20})
     ckpt.wait()

@@ -69,7 +69,7 @@ def save_and_wait(ckpt, step: int):
 
 def test_full_disk(small_disk):
   folder = small_disk / "checkpoints"
-  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+  with Checkpointer(folder, keep_last=2) as ckpt:
     ckpt.save(1, state_of(1, 1.0), {"step": 1})
     ckpt.wait()
     ckpt.save(2, state_of(2, 20.0), {})
@@ -88,7 +88,7 @@ def test_full_disk(small_disk):
 
 
 def test_file_size_limit_and_report_by_the_next_save(tmp_path):
-  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+  with Checkpointer(tmp_path, keep_last=2) as ckpt:
     ckpt.save(1, state_of(1, 0.2), {})
     ckpt.wait()
     with file_size_limit(MB):
@@ -108,7 +108,7 @@ def test_failure_around_the_arrays(tmp_path, monkeypatch, where):
   def full(*args):
     raise OSError(28, "No space left on device")
 
-  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+  with Checkpointer(tmp_path, keep_last=2) as ckpt:
     ckpt.save(1, state_of(1, 0.1), {})
     ckpt.wait()
     with monkeypatch.context() as m:
@@ -122,7 +122,7 @@ def test_failure_around_the_arrays(tmp_path, monkeypatch, where):
 
 def test_workdir_deleted_under_the_run(tmp_path):
   folder = tmp_path / "checkpoints"
-  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+  with Checkpointer(folder, keep_last=2) as ckpt:
     ckpt.save(1, state_of(1, 0.1), {})
     ckpt.wait()
     os.rename(folder, tmp_path / "gone")
@@ -133,7 +133,7 @@ def test_workdir_deleted_under_the_run(tmp_path):
 
 
 def fail_while_saving(folder):
-  with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+  with Checkpointer(folder, keep_last=2) as ckpt:
     ckpt.save(1, state_of(1, 3.0), {})
     raise ZeroDivisionError
 
@@ -141,7 +141,7 @@ def fail_while_saving(folder):
 def test_leaving_the_context_reports_a_failure(tmp_path, caplog):
   with file_size_limit(MB):
     with pytest.raises(CheckpointError, match="saving step 1"):
-      with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+      with Checkpointer(tmp_path, keep_last=2) as ckpt:
         ckpt.save(1, state_of(1, 3.0), {})
     # An error on its way is not hidden by it.
     with pytest.raises(ZeroDivisionError):
@@ -158,7 +158,7 @@ def test_an_old_step_that_cannot_be_deleted_is_a_warning(
     raise PermissionError(1, "Operation not permitted")
 
   monkeypatch.setattr(layout, "delete", fail)
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, state_of(1, 0.1), {})
     ckpt.save(2, state_of(2, 0.1), {})
   assert "could not delete an old checkpoint" in caplog.text
@@ -183,7 +183,7 @@ def test_everything_is_on_the_disk_before_the_step_exists(
 
   monkeypatch.setattr(os, "fsync", record_fsync)
   monkeypatch.setattr(files, "rename", record_rename)
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, state_of(1, 0.1), {})
   (before_commit,) = at_commit
   for path in (tmp_path / "1").rglob("*"):

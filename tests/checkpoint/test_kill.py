@@ -29,7 +29,7 @@ def state(step):
 def die(*args, **kwargs):
   os.kill(os.getpid(), signal.SIGKILL)
 
-with Checkpointer(folder, every=1, keep_last=1) as ckpt:
+with Checkpointer(folder, keep_last=1) as ckpt:
   first = (ckpt.latest() or 0) + 1
   for step in range(first, first + int(count)):
     s = state(step)
@@ -69,7 +69,7 @@ def assert_newest_is_whole(folder, at_least: int) -> int:
   )
   # As a reader beside the run, then as the next run.
   step = CheckpointReader(folder).latest()
-  with Checkpointer(folder, every=1, keep_last=1) as ckpt:
+  with Checkpointer(folder, keep_last=1) as ckpt:
     restored = ckpt.restore(abstract)
     assert restored.step == step >= at_least
     assert restored.meta["step"] == step

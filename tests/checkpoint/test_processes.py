@@ -37,7 +37,7 @@ make = jax.jit(make, out_shardings=shardings)
 abstract = jax.tree.map(
   lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
   jax.eval_shape(make, 0), shardings)
-with Checkpointer(folder, every=1, keep_last=2) as ckpt:
+with Checkpointer(folder, keep_last=2) as ckpt:
   for step in (1, 2, 3):
     ckpt.save(step, make(step), {"digest": state_digest(make(step))})
   ckpt.wait()

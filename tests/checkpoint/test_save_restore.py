@@ -24,7 +24,7 @@ from moejax.errors import CheckpointError
 def test_round_trip_keeps_every_bit_structure_and_type(tmp_path, example):
   state = example.state(3)
   meta = {"step": 4, "data": {"next": 128}, "versions": ["a", "b"]}
-  with Checkpointer(tmp_path / "with space/ü", every=2, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path / "with space/ü", keep_last=1) as ckpt:
     ckpt.save(4, state, meta)
   restored = CheckpointReader(tmp_path / "with space/ü").restore(
     example.abstract(state)
@@ -46,7 +46,7 @@ def test_relative_path_survives_a_change_of_folder(
   tmp_path, example, monkeypatch
 ):
   monkeypatch.chdir(tmp_path)
-  with Checkpointer("run/ckpt/", every=1, keep_last=1) as ckpt:
+  with Checkpointer("run/ckpt/", keep_last=1) as ckpt:
     os.chdir("/")
     ckpt.save(1, example.state(), {})
   assert CheckpointReader(tmp_path / "run/ckpt").latest() == 1
@@ -62,7 +62,7 @@ def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path):
   )
   overwrite.lower(state).compile()
   sharding = state["w"].sharding
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, state, {})
     for _ in range(3):
       state = overwrite(state)
@@ -75,7 +75,7 @@ def test_buffers_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_meta_is_a_snapshot_and_must_be_json(tmp_path, example):
-  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+  with Checkpointer(tmp_path, keep_last=2) as ckpt:
     meta = {"data": [1]}
     ckpt.save(1, example.state(), meta)
     meta["data"].append(2)
@@ -96,7 +96,7 @@ def test_save_does_not_wait_for_the_disk(tmp_path, example, monkeypatch):
     commit(*args)
 
   monkeypatch.setattr(layout, "commit", late_commit)
-  with Checkpointer(tmp_path, every=1, keep_last=2) as ckpt:
+  with Checkpointer(tmp_path, keep_last=2) as ckpt:
     ckpt.save(1, example.state(), {})
     assert ckpt.latest() is None  # returned, and nothing exists yet
     ckpt.check()
@@ -106,7 +106,7 @@ def test_save_does_not_wait_for_the_disk(tmp_path, example, monkeypatch):
 
 
 def test_differing_leaves_are_all_listed_and_nothing_is_cast(tmp_path, example):
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, example.state(), {})
   wanted = example.abstract(example.state())
   sharding = wanted["params"]["embed"].sharding
@@ -144,14 +144,14 @@ def test_differing_leaves_are_all_listed_and_nothing_is_cast(tmp_path, example):
   ],
 )
 def test_a_state_that_cannot_be_stored_is_refused(tmp_path, state, message):
-  with Checkpointer(tmp_path / "c", every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path / "c", keep_last=1) as ckpt:
     with pytest.raises(CheckpointError, match=message):
       ckpt.save(1, state, {})
     assert os.listdir(tmp_path / "c") == []
 
 
 def test_restore_needs_a_sharding_on_each_leaf(tmp_path, example):
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, example.state(), {})
     with pytest.raises(CheckpointError, match=r"no sharding, such as '\w+"):
       ckpt.restore(jax.eval_shape(example.state))
@@ -159,7 +159,7 @@ def test_restore_needs_a_sharding_on_each_leaf(tmp_path, example):
 
 def test_params_are_read_without_touching_the_optimizer(tmp_path, example):
   state = example.state(1)
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, state, {"step": 1})
   # Destroyed, so that a read or a check of it would be noticed.
   for path in (tmp_path / "1/arrays/opt_state").rglob("*"):
@@ -180,7 +180,7 @@ def test_params_are_read_without_touching_the_optimizer(tmp_path, example):
 
 
 def test_a_step_is_saved_once_and_in_order(tmp_path, example):
-  with Checkpointer(tmp_path, every=1, keep_last=5) as ckpt:
+  with Checkpointer(tmp_path, keep_last=5) as ckpt:
     ckpt.save(5, example.state(), {})
     for step in (5, 4):
       with pytest.raises(CheckpointError, match=r"holds step 5"):
@@ -197,7 +197,7 @@ def test_missing_steps_and_folders_are_clear_errors(tmp_path, example):
   for read in (reader.read_meta, lambda: reader.restore(wanted)):
     with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):
       read()
-  with Checkpointer(tmp_path, every=1, keep_last=5) as ckpt:
+  with Checkpointer(tmp_path, keep_last=5) as ckpt:
     ckpt.save(1, example.state(), {})
     ckpt.save(2, example.state(), {})
   with pytest.raises(CheckpointError, match=r"step 7 .*available steps: 1, 2"):
@@ -205,15 +205,10 @@ def test_missing_steps_and_folders_are_clear_errors(tmp_path, example):
 
 
 def test_keeps_the_newest_and_the_multiples(tmp_path, example):
-  with Checkpointer(tmp_path, every=1, keep_last=2, keep_every=4) as ckpt:
+  with Checkpointer(tmp_path, keep_last=2, keep_every=4) as ckpt:
     for step in range(1, 8):
       ckpt.save(step, {"w": jnp.ones(3)}, {})
   assert sorted(os.listdir(tmp_path), key=int) == ["4", "6", "7"]
-
-
-def test_should_save_follows_every(tmp_path):
-  ckpt = Checkpointer(tmp_path, every=3, keep_last=1)
-  assert [s for s in range(10) if ckpt.should_save(s)] == [3, 6, 9]
 
 
 def test_strays_are_ignored_with_one_warning(tmp_path, example, caplog):
@@ -223,7 +218,7 @@ def test_strays_are_ignored_with_one_warning(tmp_path, example, caplog):
   (tmp_path / "98").write_text("a file")
   state = example.state()
   with caplog.at_level(logging.WARNING, "moejax"):
-    with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+    with Checkpointer(tmp_path, keep_last=1) as ckpt:
       ckpt.save(1, state, {})
       ckpt.save(2, state, {})
       ckpt.wait()
@@ -239,7 +234,7 @@ def test_strays_are_ignored_with_one_warning(tmp_path, example, caplog):
 def test_a_stray_in_the_way_is_moved_aside(tmp_path, example):
   (tmp_path / "1").mkdir()
   (tmp_path / "1/keep.txt").write_text("mine")
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, example.state(), {})
   assert CheckpointReader(tmp_path).steps() == [1]
   assert (tmp_path / "1.stray/keep.txt").read_text() == "mine"
@@ -252,14 +247,14 @@ def test_own_leftovers_are_removed_by_the_writer_only(tmp_path, example):
   (tmp_path / "7").mkdir()
   assert CheckpointReader(tmp_path).latest() is None
   assert {p.name for p in tmp_path.iterdir()} == {"5", "6", "7"}
-  Checkpointer(tmp_path, every=1, keep_last=1)
+  Checkpointer(tmp_path, keep_last=1)
   assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_folder_is_one_clear_error(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(CheckpointError, match="cannot write checkpoints to"):
-    Checkpointer(tmp_path / "file", every=1, keep_last=1)
+    Checkpointer(tmp_path / "file", keep_last=1)
 
 
 def test_state_digest_sees_name_type_shape_and_value(example):
@@ -300,14 +295,14 @@ for sizes in ((2, 4), (2,)):
   got = CheckpointReader({folder!r}).restore(abstract).state
   assert len(got["params"]["embed"].sharding.device_set) == len(devices)
   assert state_digest(got) == want, sizes
-with Checkpointer({folder!r}, every=1, keep_last=5) as ckpt:
+with Checkpointer({folder!r}, keep_last=5) as ckpt:
   ckpt.save(2, got, dict(devices=2))
 """
 
 
 def test_restores_on_other_meshes_and_back(tmp_path, example):
   state = example.state(7)
-  with Checkpointer(tmp_path, every=1, keep_last=1) as ckpt:
+  with Checkpointer(tmp_path, keep_last=1) as ckpt:
     ckpt.save(1, state, {})
   script = textwrap.dedent(RESHARD).format(
     tests=os.path.dirname(__file__), want=state_digest(state),

@@ -18,7 +18,6 @@ from moejax.data import (
   load_batches,
   load_tokenizer,
   loader,
-  rows_from_texts,
   validation_batches,
 )
 from moejax.data.packing import model_inputs
@@ -277,18 +276,6 @@ if __name__ == "__main__":
   assert result.stderr == ""
 
 
-def test_rows_of_texts_hold_each_text_whole():
-  tokenizer = load_tokenizer("byte")
-  texts = ["short", "a bit longer text", "", "x" * 100, "中文"]
-  rows = rows_from_texts(texts, tokenizer, 32)
-  targets = sum(
-    int(model_inputs(r.tokens, r.segment_ids)["loss_mask"].sum()) for r in rows
-  )
-  assert targets == sum(len(t.encode()) + 1 for t in texts if t)
-  with pytest.raises(DataError, match="no text"):
-    rows_from_texts(["", " "], tokenizer, 32)
-
-
 def test_batches_of_files(tmp_path):
   (tmp_path / "a.txt").write_text("first file " * 20)
   (tmp_path / "b.txt").write_text("second")
@@ -307,6 +294,13 @@ def test_batches_of_files(tmp_path):
   (tmp_path / "empty.txt").write_text("")
   with pytest.raises(DataError, match=r"no text in .*empty.txt"):
     list(file_batches([str(tmp_path / "empty.txt")], tokenizer, config, 1))
+
+
+def test_files_with_invalid_utf8_are_told_of(tmp_path, caplog):
+  (tmp_path / "bad.txt").write_bytes(b"one \xff two \xfe three")
+  tokenizer, config = load_tokenizer("byte"), DataConfig(seq_len=32)
+  assert list(file_batches([str(tmp_path / "bad.txt")], tokenizer, config, 1))
+  assert "bad.txt: 2 invalid UTF-8 sequences replaced" in caplog.text
 
 
 def test_epochs_of_each_source(made):

@@ -7,6 +7,8 @@ import warnings
 
 import jax
 
+from moejax.errors import ConfigError
+
 _SUMMARY = {
   "reference": "every expert for every row, float32; E times the work",
   "cpu": "one scipy BLAS product per group, on XLA's threads",
@@ -25,7 +27,7 @@ _COST = {
 def kernels_of(name: str) -> types.ModuleType:
   """The module with a back end's `gmm`, `gmm_transposed` and `tgmm`."""
   if name not in _SUMMARY:
-    raise ValueError(
+    raise ConfigError(
       f"unknown grouped_matmul backend {name!r}; "
       f"known: auto, {', '.join(_SUMMARY)}"
     )
@@ -40,7 +42,7 @@ def choose_backend(
   Args:
     platform: what the program will run on ("cpu", "tpu", "gpu"); None asks jax.
     requested: a name, or "auto". Only "auto" falls back (with a warning that
-      says why and what it costs); a name that cannot run is a ValueError.
+      says why and what it costs); a name that cannot run is a ConfigError.
 
   Returns:
     The name, for `grouped_matmul(backend=...)`, and a line for the log.
@@ -57,7 +59,7 @@ def choose_backend(
   if name not in _ANYWHERE and name != _AUTO.get(platform):
     reason = f"it is for {name}, not {platform}"
   if reason:
-    raise ValueError(
+    raise ConfigError(
       f"grouped_matmul backend {requested!r} cannot run: {reason}"
     )
   line = f"{name} ({requested} on {platform}): {_SUMMARY[name]}"
