@@ -97,10 +97,9 @@ def generate_tokens(
   B, T = tokens_BT.shape
   cache_len = -(-(T + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
   cache = functools.partial(KVCache.empty, model.config, B, cache_len)
+  arrays = jax.tree.leaves(jax.eval_shape(cache))
   require_memory(
-    sum(
-      x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(cache))
-    ),
+    sum(x.size * x.dtype.itemsize for x in arrays),
     f"a cache of {B} x {cache_len} tokens",
     "ask for fewer tokens or prompts",
   )

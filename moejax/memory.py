@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run fits into memory: refused before it starts, not killed in it."""
+"""Whether a run fits into memory: refused at the start, not killed later."""
 
 import os
 
@@ -21,10 +21,9 @@ def compile_step(config: Config, model: Transformer):
   """
   state = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
   shape = config.train.batch_size, config.data.seq_len
-  batch = runs.on_device({
-    name: jax.ShapeDtypeStruct(shape, "bool" if name == "loss_mask" else "int32")
-    for name in BATCH_KEYS
-  })  # fmt: skip
+  batch = dict.fromkeys(BATCH_KEYS, jax.ShapeDtypeStruct(shape, "int32"))
+  batch["loss_mask"] = jax.ShapeDtypeStruct(shape, "bool")
+  batch = runs.on_device(batch)
   step = jax.jit(make_train_step(config, model), donate_argnums=0)
   compiled = step.lower(state, batch).compile()
   stats = compiled.memory_analysis()

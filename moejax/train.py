@@ -94,11 +94,10 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
         )
         _report(workdir)
         return 0
-      train_step = compile_step(config, model)
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
       )
-      stopped = loop.run(train_step, guard)
+      stopped = loop.run(compile_step(config, model), guard)
     _report(workdir)
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")
@@ -152,7 +151,6 @@ class Loop:
       RunLog(self.workdir, self.step) as self.log,
       TrainProgress(last, self.step) as self.progress,
     ):
-      self.clock = time.perf_counter()
       stop = False
       while self.step < last and not stop:
         with self._timed("input_wait"):
@@ -171,10 +169,9 @@ class Loop:
 
   def _after_step(self) -> None:
     config = self.config
-    # The end is evaluated before it is saved: a saved run has nothing left to do.
-    if (
-      _due(config.eval.every, self.step) or self.step == config.train.num_steps
-    ):
+    # The end is evaluated before it is saved: a saved run is complete.
+    at_end = self.step == config.train.num_steps
+    if at_end or _due(config.eval.every, self.step):
       self._log_pending()
       self._evaluate()
     if _due(config.checkpoint.every, self.step):
@@ -207,10 +204,9 @@ class Loop:
         self.checkpoints.wait()
         newest = self.checkpoints.latest()
         raise UserError(
-          f"{name} is {metrics[name]} at step {step}; the newest checkpoint is "
-          f"{'none' if newest is None else f'of step {newest}, before it'}. Use "
-          "a lower optimizer.learning_rate, in a new --workdir, or look at the "
-          "data of this step"
+          f"{name} is {metrics[name]} at step {step} (newest checkpoint before "
+          f"it: {newest}); use a lower optimizer.learning_rate in a new "
+          "--workdir, or look at the data of this step"
         )
 
   def _log_time(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:

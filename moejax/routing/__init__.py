@@ -6,5 +6,6 @@ from moejax.routing.stats import RouterStats
 from moejax.routing.top_k import top_k
 
 __all__ = [
-  "RouterStats", "Routing", "home_of", "is_causal", "non_causal", "resolve", "top_k",
+  "RouterStats", "Routing", "home_of", "is_causal", "non_causal", "resolve",
+  "top_k",
 ]  # fmt: skip

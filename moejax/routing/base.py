@@ -121,9 +121,8 @@ def home_of(router: Router) -> str | None:
   if spec is None or not spec.has_location:
     return None  # made in a notebook
   folders = spec.submodule_search_locations
-  return os.path.dirname(
-    os.path.abspath(folders[0] if folders else spec.origin)
-  )
+  found = folders[0] if folders else spec.origin
+  return os.path.dirname(os.path.abspath(found))
 
 
 def _routers(module) -> list[str]:
