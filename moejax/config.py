@@ -439,6 +439,11 @@ class Config:
 
   def __post_init__(self):
     require(self.seed >= 0, f"seed={self.seed} is negative")
+    tokens = self.train.batch_size * self.data.seq_len
+    require(
+      tokens <= _LARGEST,
+      f"train.batch_size * data.seq_len: {tokens} tokens are beyond {_LARGEST}",
+    )
     warmup, decay = self.optimizer.schedule.lengths(self.train.num_steps)
     require(
       warmup + decay <= self.train.num_steps,
@@ -600,5 +605,6 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:
-  divisors = [d for d in range(1, n + 1) if n % d == 0]
+  small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+  divisors = {*small, *(n // d for d in small)}
   return min(divisors, key=lambda d: (abs(d - wanted), d))

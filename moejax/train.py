@@ -86,18 +86,20 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       state = restored.state if restored else _fresh_state(config, model)
       start = int(state.step)
       announce(config, model, stores, workdir, start)
-      runs.write_files(workdir, config, tokenizer)
       if start >= config.train.num_steps:
         print(
           f"already trained to step {start}; raise train.num_steps to go on",
           flush=True,
         )
+        runs.write_files(workdir, config, tokenizer)
         _report(workdir)
         return 0
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
       )
-      stopped = loop.run(compile_step(config, model), guard)
+      train_step = compile_step(config, model)
+      runs.write_files(workdir, config, tokenizer)
+      stopped = loop.run(train_step, guard)
     _report(workdir)
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")

@@ -110,6 +110,15 @@ def test_bad_values_from_the_command_line(path, text, message):
      "out of reach"),
     ({"checkpoint": {"every": 10, "keep_every": 25}}, "not a multiple"),
     ({"seed": -1}, "seed=-1 is negative"),
+    ({"train": {"batch_size": 10**8}}, "102400000000 tokens are beyond"),
+    ({"seed": 10**23}, "is beyond 2147483647"),
+    ({"train": {"num_steps": 3 * 10**9}}, "is beyond 2147483647"),
+    ({"data": {"seq_len": 10**9}}, "data.seq_len=1000000000 is beyond"),
+    ({"data": {"weights": (float("inf"),)}}, "must be a finite number"),
+    ({"model": {"norm_eps": float("nan")}}, "must be a finite number"),
+    ({"optimizer": {"schedule": {"warmup": float("inf")}}}, "must be a finite"),
+    ({"optimizer": {"no_decay": ("a(b",)}}, "no regular expression"),
+    ({"model": {"moe": {"matmul": "cpu_loop"}}}, "did you mean 'cpu_loops'?"),
   ],
   ids=lambda v: v if isinstance(v, str) else "",
 )  # fmt: skip
@@ -135,6 +144,10 @@ def test_a_default_config_is_locked():
     ),
     ("c.model.num_layers = 'x'", "num_layers"),
     ("raise ValueError('variants: a, b')", "variants: a, b"),
+    ("1 / 0", "bad.py, line 4: ZeroDivisionError"),
+    ("c.seed = unknown", "line 4: NameError: name 'unknown'"),
+    ("from moejax.config import defalt", "line 4: ImportError"),
+    ("return None", "get_config returned NoneType"),
   ],
 )
 def test_errors_in_a_config_file_are_one_line(tmp_path, body, message):
@@ -167,6 +180,17 @@ def test_missing_and_broken_config_files(tmp_path):
   broken.write_text("def get_config(:\n")
   with pytest.raises(ConfigError, match="broken.py, line 1"):
     cli.parse_config(str(broken), [])
+  text = tmp_path / "notes.txt"
+  text.write_text("some words\n")
+  with pytest.raises(ConfigError, match="notes.txt, line 1: invalid syntax"):
+    cli.parse_config(str(text), [])
+  typo = tmp_path / "typo.py"
+  typo.write_text(
+    "from moejax.config import default_config\n"
+    "config = default_config()\nconfig.model.num_layer = 2\n"
+  )
+  with pytest.raises(ConfigError, match=r"line 3: no option 'num_layer'; did"):
+    cli.parse_config(str(typo), [])
   empty = tmp_path / "empty.py"
   empty.write_text("")
   with pytest.raises(ConfigError, match="no function get_config"):

@@ -11,7 +11,7 @@ import pytest
 from moejax.config import ModelConfig, MoEConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import ConfigError
-from moejax.generate import generate, generate_tokens
+from moejax.generate import generate, generate_tokens, prompt_tokens
 from moejax.models import Rows, build, init_params
 from moejax.sampling import Sampling, next_tokens
 
@@ -99,6 +99,8 @@ LOGITS = np.log([0.5, 0.25, 0.15, 0.1])
   "sampling,expected",
   [
     (Sampling(0.0), [1, 0, 0, 0]),
+    (Sampling(1e-39), [1, 0, 0, 0]),
+    (Sampling(1e-5), [1, 0, 0, 0]),
     (Sampling(1.0), [0.5, 0.25, 0.15, 0.1]),
     (Sampling(0.5), np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
     (Sampling(1.0, top_k=2), [2 / 3, 1 / 3, 0, 0]),
@@ -117,7 +119,9 @@ def test_sampling_frequencies(sampling, expected):
 @pytest.mark.parametrize(
   "options,message",
   [
-    ({"temperature": -1.0}, "negative"),
+    ({"temperature": -1.0}, "temperature=-1.0 is not a number >= 0"),
+    ({"temperature": float("nan")}, "temperature=nan"),
+    ({"temperature": float("inf")}, "temperature=inf"),
     ({"top_k": -1}, "top_k=-1"),
     ({"top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
   ],
@@ -133,6 +137,17 @@ def test_bad_prompts_are_refused(model_and_params):
     generate_tokens(model, params, [[300]], 1, Sampling(), KEY)
   with pytest.raises(ConfigError, match="empty prompt"):
     generate_tokens(model, params, [[]], 1, Sampling(), KEY)
+
+
+def test_a_cache_beyond_the_memory_is_refused(model_and_params):
+  model, params = model_and_params
+  with pytest.raises(ConfigError, match="TiB, this machine has .*fewer tokens"):
+    generate_tokens(model, params, [[1]], 10**11, Sampling(), KEY)
+
+
+def test_bytes_that_are_no_text_become_a_replacement_sign():
+  ids = prompt_tokens(load_tokenizer("byte"), "a\udcff")  # as a shell gives it
+  assert bytes(ids[1:]).decode() == "a\ufffd"
 
 
 def test_a_router_that_looks_ahead_is_refused(tmp_path, monkeypatch):

@@ -82,6 +82,26 @@ def test_unknown_command_names_the_known(capsys):
   assert "train" in capsys.readouterr().err
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+  def interrupted(argv):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("moejax.report.main", interrupted)
+  assert main(["report"]) == 130
+  assert capsys.readouterr().err == "moejax report: stopped\n"
+
+
+def test_a_reader_that_has_enough_is_no_error():
+  process = subprocess.Popen(
+    [sys.executable, "-m", "moejax", "train", "--help-config"],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+  )  # fmt: skip
+  process.stdout.close()
+  with process:
+    error = process.stderr.read()
+  assert (process.returncode, error) == (141, b"")
+
+
 def test_console_script_is_main(project):
   assert project["scripts"] == {"moejax": "moejax.__main__:main"}
 

@@ -4,59 +4,30 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from moejax import runs
+from moejax.__main__ import main
 from moejax.checkpoint import CheckpointReader, state_digest
 from moejax.cli import parse_config
+from moejax.data import load_tokenizer, open_stores
+from moejax.evaluate import validation_batches
 from moejax.models import build
 from moejax.step import init_state
-
-CONFIG = """
-from moejax.config import default_config
-
-def get_config():
-  c = default_config()
-  m = c.model
-  m.vocab_size, m.d_model, m.num_layers = 259, 32, 2
-  m.num_heads = m.num_kv_heads = 2
-  m.head_dim, m.dtype = 16, "float32"
-  m.moe.num_experts, m.moe.d_expert = 4, 16
-  m.moe.router = "top_k(k=2, jitter=0.1)"
-  c.data.sources = ("text",)
-  c.data.seq_len = 32
-  c.data.validation_fraction = 0.1
-  c.train.num_steps, c.train.batch_size = 40, 4
-  c.optimizer.schedule.warmup, c.optimizer.schedule.decay = 5.0, 10.0
-  c.optimizer.learning_rate = 1e-2
-  c.checkpoint.every = 5
-  c.eval.every, c.eval.num_batches = 20, 2
-  c.eval.sample_tokens = 5
-  return c
-"""
+from tests.small_run import command, environment, make_place, moejax
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """A folder with a config, a corpus and its token store."""
-  place = tmp_path_factory.mktemp("train")
-  (place / "config.py").write_text(CONFIG)
-  (place / "text").mkdir()
-  words = "the cat sat on a mat and saw two red hats".split()
-  rng = random.Random(0)
-  for i in range(60):
-    text = " ".join(rng.choice(words) for _ in range(rng.randrange(5, 60)))
-    (place / "text" / f"{i}.txt").write_text(text)
-  assert moejax(place, "data", "prepare", "--config=config.py").returncode == 0
-  return place
+  return make_place(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +36,6 @@ def unbroken(place):
   done = train(place, "unbroken")
   assert done.returncode == 0, done.stderr
   return place / "unbroken"
-
-
-def command(*args):
-  return [sys.executable, "-m", "moejax", *args]
-
-
-def environment():
-  root = str(Path(__file__).parent.parent)
-  return {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-
-
-def moejax(place, *args):
-  return subprocess.run(
-    command(*args), cwd=place, env=environment(), capture_output=True,
-    text=True, timeout=300,
-  )  # fmt: skip
 
 
 def train(place, workdir, *overrides):
@@ -114,8 +69,9 @@ def test_a_run_leaves_what_it_should(unbroken):
   assert [m["step"] for m in metrics] == list(range(1, 41))
   assert metrics[-1]["loss/xent"] < metrics[0]["loss/xent"] - 1
   assert metrics[-1]["router/dropped"] == 0
-  assert len(lines(unbroken, "eval.jsonl")) == 2
-  assert len(lines(unbroken, "samples.jsonl")) == 2
+  for name in ("eval.jsonl", "samples.jsonl"):
+    steps = [json.loads(line)["step"] for line in lines(unbroken, name)]
+    assert steps == [15, 30, 40], name
   record = json.loads((unbroken / "config.json").read_text())
   assert record["config"]["train"]["num_steps"] == 40
   assert record["versions"]["jax"] == jax.__version__
@@ -228,8 +184,6 @@ def test_another_corpus_is_refused(place, unbroken, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(place, unbroken):
-  import shutil
-
   run = place / "damaged"
   shutil.copytree(unbroken, run)
   step = CheckpointReader(run / "checkpoints").latest()
@@ -280,27 +234,92 @@ def test_evaluation_and_generation_from_the_run(place, unbroken):
   assert text.stdout.startswith("the ")
 
 
-@pytest.mark.parametrize(
-  "overrides,message",
-  [
-    (["--config.model.num_layer=3"], "did you mean 'model.num_layers'?"),
-    (["--config.model.num_layers=three"], "must be int"),
-    (["--config.model.num_kv_heads=3"], "use num_kv_heads=2"),
-    (["--config.model.moe.router=top_k(k=9)"], "use k <= 4"),
-    (["--config.model.moe.router=topk(k=2)"], "no router 'topk'"),
-    (["--config.model.vocab_size=100"], "vocab_size=100 holds fewer; use 384"),
-    (["--config.data.sources=nowhere"], "nowhere"),
-    (["--config.data.seq_len=64"], "moejax data prepare"),
-    (["--config.data.tokenizer=missing.json"], "missing.json"),
-    (["--config.optimizer.no_decay=scael"], "matches no parameter"),
-    (["--confg.seed=1"], "unknown argument"),
-    (["--config.train.accumulation_steps=3"], "use 2"),
-  ],
-  ids=lambda x: x[0] if isinstance(x, list) else "",
-)
-def test_bad_input_is_one_line_and_leaves_nothing(place, overrides, message):
-  done = train(place, "bad", *overrides)
+def test_the_end_is_evaluated_before_it_is_saved(unbroken):
+  """Else a kill between the two would lose the evaluation for good."""
+  saved = (unbroken / "checkpoints" / "40" / "manifest.json").stat().st_mtime_ns
+  for name in ("eval.jsonl", "samples.jsonl"):
+    assert (unbroken / name).stat().st_mtime_ns <= saved
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
+  place, unbroken
+):
+  run = place / "all_damaged"
+  shutil.copytree(unbroken, run)
+  for path in run.glob("checkpoints/*/manifest.json"):
+    path.write_text(path.read_text().replace("a", "b", 1))
+  before = lines(run)
+  done = train(place, "all_damaged")
   assert done.returncode == 2
-  assert message in done.stderr
-  assert done.stderr.count("\n") == 1, done.stderr
-  assert not (place / "bad" / "config.json").exists()
+  assert "no intact checkpoint" in done.stderr
+  assert lines(run) == before
+
+
+def test_diverged_parameters_are_never_saved(place):
+  done = train(
+    place, "diverged", "--config.optimizer.learning_rate=1e38",
+    "--config.checkpoint.every=1", "--config.eval.every=0",
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "in a new --workdir" in done.stderr.splitlines()[-1]
+  reader = CheckpointReader(place / "diverged" / "checkpoints")
+  model = build(parse_config(str(place / "config.py"), []).model)
+  abstract = {"params": runs.abstract_params(model)}
+  for step in reader.steps():
+    params = reader.restore_params(abstract, step).state["params"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), step
+
+
+def test_a_router_of_ones_own_is_found_again(place, tmp_path):
+  (place / "mine.py").write_text(
+    "from moejax.routing import top_k\n"
+    "def worst(logits_TE, mask_T, *, k, rng=None):\n"
+    "  return top_k(-logits_TE, mask_T, k=k)\n"
+  )
+  done = train(
+    place, "mine", "--config.model.moe.router=mine.worst(k=1)",
+    "--config.train.num_steps=16", "--config.eval.sample_tokens=0",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  # From elsewhere, as the installed command: neither folder is on the path.
+  text = subprocess.run(
+    [sys.executable, "-P", "-m", "moejax", "generate", str(place / "mine"),
+     "--max-tokens=2"],
+    cwd=tmp_path, env=environment(), capture_output=True, text=True,
+  )  # fmt: skip
+  assert text.returncode == 0, text.stderr
+
+
+def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):
+  monkeypatch.chdir(place)
+  rows = []
+  for steps in (1, 4):
+    config = parse_config(
+      "config.py", [f"--config.train.accumulation_steps={steps}"]
+    )
+    stores = open_stores(config.data, load_tokenizer("byte"))
+    batches = list(validation_batches(config, stores, 2))
+    assert all(len(batch["row"]) == 4 // steps for batch in batches)
+    rows.append(np.concatenate([batch["row"] for batch in batches]))
+  np.testing.assert_array_equal(*rows)
+
+
+@pytest.mark.parametrize(
+  "words,message",
+  [
+    (["eval", "unbroken", "--num-batches=-1"], "--num-batches=-1 must be"),
+    (["eval", "unbroken", "--step=-1"], "available steps: 35, 40"),
+    (["eval", "unbroken", "--step=7"], "available steps: 35, 40"),
+    (["generate", "unbroken", "--seed=99999999999999999999"], "--seed="),
+    (["generate", "nowhere"], "not the folder of a run"),
+  ],
+  ids=" ".join,
+)
+def test_bad_requests_of_a_run(
+  place, unbroken, words, message, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  assert main(words) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1

@@ -149,6 +149,7 @@ def test_invalid_bytes_in_a_large_text_do_not_stop_it(tmp_path):
     ('{"body": "a", "id": 1}\n', "no field 'text'; .*body, id"),
     ('{"text": 3}\n', "byte 0: the text field holds a int"),
     ('["text"]\n', "byte 0: a list, not an object"),
+    ("[" * 100_000 + "\n", "byte 0: not JSON"),
   ],
 )
 def test_bad_records_are_named(tmp_path, content, message):

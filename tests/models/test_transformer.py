@@ -154,6 +154,17 @@ def test_layers_apart_equal_scanned_ones(remat):
   )  # fmt: skip
 
 
+def test_remat_covers_all_layers():
+  params, tokens, rows = params_of(SMALL), tokens_of(0, 2, 9), plain_rows(2, 9)
+  for remat, expected in (("none", 0), ("full", 2)):  # prefix, scanned pattern
+    model = build(small(remat=remat))
+    loss = lambda p, m=model: m.apply(
+      {"params": p}, tokens, rows
+    ).hidden_BTD.sum()
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert text.count("remat2[") + text.count("checkpoint[") == expected
+
+
 def test_later_tokens_do_not_reach_earlier_ones():
   model, params = build(SMALL), params_of(SMALL)
   tokens, rows = tokens_of(0, 1, 12), plain_rows(1, 12)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot be trained is refused in one line, before anything is written."""
+
+import pytest
+
+from moejax.__main__ import main
+from tests.small_run import make_place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return make_place(tmp_path_factory.mktemp("bad_input"))
+
+
+@pytest.mark.parametrize(
+  "overrides,message",
+  [
+    (["--config.model.num_layer=3"], "did you mean 'model.num_layers'?"),
+    (["--config.model.num_layers=three"], "must be int"),
+    (["--config.model.num_kv_heads=3"], "use num_kv_heads=2"),
+    (["--config.model.moe.router=top_k(k=9)"], "use k <= 4"),
+    (["--config.model.moe.router=topk(k=2)"], "no router 'topk'"),
+    (["--config.model.vocab_size=100"], "vocab_size=100 holds fewer; use 384"),
+    (["--config.data.sources=nowhere"], "nowhere"),
+    (["--config.data.seq_len=64"], "moejax data prepare"),
+    (["--config.data.tokenizer=missing.json"], "missing.json"),
+    (["--config.optimizer.no_decay=scael"], "matches no parameter"),
+    (["--confg.seed=1"], "unknown argument"),
+    (["--config.train.accumulation_steps=3"], "use 2"),
+    (["--config.model.moe.router=top_k(k=2,score='foo')"], "score='foo' is"),
+    (["--config.model.moe.router=top_k(k=1,renormalize=True)"], "no gradient"),
+    (["--config.model.moe.router=top_k(k=2,jitter='x')"], "jitter='x' is not"),
+    (["--config.model.moe.matmul=tpu"], "it is for tpu, not cpu"),
+    (["--config.model.d_model=100000000"], "the training state needs"),
+  ],
+  ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+  place, overrides, message, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  assert main(["train", "--config=config.py", "--workdir=bad", *overrides]) == 2
+  error = capsys.readouterr().err
+  assert message in error
+  assert error.count("\n") == 1, error
+  assert not (place / "bad").exists()
+
+
+def test_a_step_beyond_the_memory_is_refused(place, monkeypatch, capsys):
+  monkeypatch.chdir(place)
+  argv = ["train", "--config=config.py", "--workdir=huge"]
+  assert main([*argv, "--config.train.batch_size=10000000"]) == 2
+  error = capsys.readouterr().err
+  assert "a training step needs" in error
+  assert "lower train.batch_size" in error
+  assert not (place / "huge" / "config.json").exists()
