@@ -240,7 +240,7 @@ def test_closing_ends_the_readers(made):
   before = set(threading.enumerate())
   batches = load_batches(made[1], made[0], "train", B, 0)
   next(batches)
-  assert set(threading.enumerate()) > before
+  assert set(threading.enumerate()) - before
   batches.close()
   batches.close()
   deadline = time.monotonic() + 10
