@@ -32,15 +32,16 @@ def visible(queries: Tokens, keys: Tokens) -> Array:
 
 def masked_scores(q_BKMH, k_BKSH, visible_BTS):
   """Scaled and masked scores, float32."""
-  B, K, M, H = q_BKMH.shape
-  T, S = visible_BTS.shape[1:]
+  M, H = q_BKMH.shape[2:]
+  T = visible_BTS.shape[1]
   scores_BKMS = jnp.einsum(
     "BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32
   )
-  # A sum, not a choice: it needs no mask in the backward pass.
+  # A sum, not a choice: it needs no mask in the backward pass. Repeated for
+  # the heads of a group, since splitting M would cost a pass over the scores.
   bias_BTS = jnp.where(visible_BTS, 0.0, MASKED)
-  scores_BKGTS = scores_BKMS.reshape(B, K, M // T, T, S) * H**-0.5
-  return (scores_BKGTS + bias_BTS[:, None, None]).reshape(B, K, M, S)
+  bias_BMS = jnp.tile(bias_BTS, (1, M // T, 1))
+  return scores_BKMS * H**-0.5 + bias_BMS[:, None]
 
 
 def matmul(x_BKMS, y_BKSH):
