@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from moejax.ops.grouped_matmul import cpu_blas, cpu_ffi
 
 _PARTS_PER_THREAD = 4  # parts are taken as threads come free
-_MIN_PART_SECONDS = 5e-5  # less is not worth waking a thread for
+_MIN_PART_SECONDS = 2e-4  # less is not worth waking a thread for
 _MIN_ROWS = 8  # of a cut group: fewer, and reading its weight costs more
 # Of one core, roughly: they weigh many rows of a group against many groups.
 _FLOPS, _BYTES = 5e10, 1.5e10
