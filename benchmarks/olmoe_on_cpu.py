@@ -22,6 +22,7 @@ import numpy as np
 V, D, L, N, H, E, X, F = 4096, 512, 4, 8, 64, 64, 8, 256
 B, T = 4, 512
 PROMPT, NEW = 16, 48
+SETTLE = 0.5  # seconds: the other side's OpenMP threads spin on for a while
 TASKS = ("train", "forward", "decode 1", "decode 8")
 SIDES = ("moejax", "transformers")
 
@@ -167,6 +168,7 @@ class Side:
       raise SystemExit(f"{name} did not start; run it with --worker={name}")
 
   def run(self, task):
+    time.sleep(SETTLE)
     self.process.stdin.write(task + "\n")
     self.process.stdin.flush()
     return float(self.process.stdout.readline())
