@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.hardware import keep_freed_memory
 from moejax.ops.grouped_matmul import choose_backend, grouped_matmul
 
 # name: (rows, D, F, experts, distribution, floors of forward and both)
@@ -121,6 +122,7 @@ def main() -> None:
   parser.add_argument("--only", choices=list(CASES))
   args = parser.parse_args()
   jax.config.update("jax_platforms", "cpu")
+  keep_freed_memory()  # as training does
   print(
     f"jax {jax.__version__}; {os.cpu_count()} cores; {choose_backend('cpu')[1]}"
   )

@@ -81,7 +81,22 @@ def make_optimizer(
   )
   if not config.clip_norm:
     return adamw
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+  return optax.chain(_clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """As optax's, by one factor: its quotients are written out by XLA:CPU.
+
+  That pass over the gradients is 4% of a training step; products are fused.
+  """
+
+  def scale(updates, params):
+    del params
+    norm = optax.tree.norm(updates)
+    factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+    return optax.tree.scale(factor, updates)
+
+  return optax.stateless(scale)
 
 
 def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from moejax.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
@@ -108,6 +110,30 @@ def test_adamw_with_clip_against_the_formula(clip):
   clipped = [np.sign(g) * min(abs(g), limit) for g in grads]
   want = adamw_by_hand(config, clipped, 3)
   np.testing.assert_allclose(params["w"][0], want, 1e-5)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, np.nan])
+def test_clip_is_that_of_optax(size):
+  config = dataclasses.replace(OptimizerConfig(), clip_norm=0.3)
+  rng = np.random.default_rng(0)
+  grads = jax.tree.map(lambda p: size * rng.normal(size=p.shape), PARAMS)
+  ours, theirs = (
+    make_optimizer(config, 10_000),
+    optax.chain(
+      optax.clip_by_global_norm(0.3),
+      make_optimizer(dataclasses.replace(config, clip_norm=0.0), 10_000),
+    ),
+  )
+  (_, got), (_, want) = (
+    optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+    for optimizer in (ours, theirs)
+  )
+  # The moments: the first step of Adam is the same at any size of gradient.
+  for name in ("mu", "nu"):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, 1e-6),
+      optax.tree.get(got, name), optax.tree.get(want, name),
+    )  # fmt: skip
 
 
 def test_decay_mask_reaches_the_optimizer():
