@@ -116,7 +116,8 @@ def test_adamw_with_clip_against_the_formula(clip):
 def test_clip_is_that_of_optax(size):
   config = dataclasses.replace(OptimizerConfig(), clip_norm=0.3)
   rng = np.random.default_rng(0)
-  grads = jax.tree.map(lambda p: size * rng.normal(size=p.shape), PARAMS)
+  draw = lambda p: jnp.asarray(size * rng.normal(size=p.shape), jnp.float32)
+  grads = jax.tree.map(draw, PARAMS)
   ours, theirs = (
     make_optimizer(config, 10_000),
     optax.chain(
