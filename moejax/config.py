@@ -56,12 +56,17 @@ def require_positive(prefix: str, obj: Any, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LayerConfig:
-  """One layer of the stack, written `mixer/ffn` in a config."""
+  """One layer of the stack, written `mixer/ffn` in a config.
+
+  Mixers: `attention`; `shared_kv`, attention over the keys and values of the
+  last layer that has its own (cross-layer attention); `moa`, a mixture of
+  attention heads. Ffns: `moe`, `mlp`.
+  """
 
   mixer: str
   ffn: str
 
-  MIXERS = ("attention",)
+  MIXERS = ("attention", "shared_kv", "moa")
   FFNS = ("moe", "mlp")
 
   @classmethod
@@ -70,6 +75,15 @@ class LayerConfig:
     require_choice("layer mixer", mixer, cls.MIXERS)
     require_choice("layer ffn", ffn, cls.FFNS)
     return cls(mixer, ffn)
+
+  @property
+  def has_kv(self) -> bool:
+    """Whether the layer has keys and values of its own."""
+    return self.mixer != "shared_kv"
+
+  @property
+  def num_routers(self) -> int:
+    return (self.mixer == "moa") + (self.ffn == "moe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +104,9 @@ class MoEConfig:
     "auto", "grouped matmul back end; auto chooses by platform"
   )
   num_shared_experts: int = option(0, "experts that every token visits")
+  output_bias: bool = option(
+    False, "add one bias to each routed layer's output, after the sum"
+  )
 
   def __post_init__(self):
     require_positive("model.moe", self, "num_experts", "d_expert")
@@ -126,6 +143,10 @@ class MoEConfig:
     return k
 
 
+# Name and options of each way to stretch RoPE.
+ROPE_SCALINGS = {"none": (), "linear": ("factor",), "ntk": ("alpha",)}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The transformer: `prefix` layers, then `pattern` repeated."""
@@ -143,10 +164,26 @@ class ModelConfig:
   d_mlp: int = option(8192, "hidden width of dense `mlp` layers")
   moe: MoEConfig = section(MoEConfig, "mixture-of-experts layers")
   qk_norm: str = option(
-    "full", "norm of queries and keys: none, full (all heads at once) or head"
+    "full",
+    "norm of queries and keys: none, full (all heads at once), head, or "
+    "head_after_rope",
   )
-  norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+  clip_qkv: float = option(
+    0.0, "queries, keys and values are clipped to +- this; 0 is no clip"
+  )
+  norm: str = option("rms", "rms (RMSNorm) or layer (LayerNorm without bias)")
+  norm_position: str = option(
+    "pre", "pre: on the input of mixer and ffn; post: on their output"
+  )
+  norm_eps: float = option(1e-5, "epsilon of the norms")
+  final_norm_eps: float = option(
+    0.0, "epsilon of the norm before the output table; 0 takes norm_eps"
+  )
   rope_theta: float = option(10000.0, "RoPE base")
+  rope_scaling: str = option(
+    "none",
+    "none, linear(factor=...) or ntk(alpha=...)",
+  )
   tie_embeddings: bool = option(False, "output table = input table")
   init_std: float = option(0.02, "std of the normal init, cut at 3 std")
   dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32")
@@ -167,7 +204,13 @@ class ModelConfig:
       "model", self, "vocab_size", "d_model", "num_layers", "num_heads",
       "num_kv_heads", "head_dim", "d_mlp", "norm_eps", "rope_theta", "init_std",
     )  # fmt: skip
-    require_choice("model.qk_norm", self.qk_norm, ("none", "full", "head"))
+    require_choice(
+      "model.qk_norm", self.qk_norm, ("none", "full", "head", "head_after_rope")
+    )
+    require_choice("model.norm", self.norm, ("rms", "layer"))
+    require_choice("model.norm_position", self.norm_position, ("pre", "post"))
+    require(self.clip_qkv >= 0, "model.clip_qkv is negative")
+    require(self.final_norm_eps >= 0, "model.final_norm_eps is negative")
     require_choice("model.dtype", self.dtype, ("bfloat16", "float32"))
     require_choice(
       "model.attention", self.attention,
@@ -197,7 +240,52 @@ class ModelConfig:
       rest > 0 or not self.scan_layers,
       "model.prefix holds all layers: set model.scan_layers=false",
     )
-    assert self.layers  # parses, and so checks, each layer
+    for stack in (self.prefix_layers, self.pattern_layers):
+      self._check_stack(stack)
+    assert self.rope_scaling_spec  # parses, and so checks it
+
+  def _check_stack(self, layers: tuple[LayerConfig, ...]) -> None:
+    mixers = [layer.mixer for layer in layers]
+    if "shared_kv" in mixers:
+      require(
+        mixers[0] != "shared_kv",
+        "a shared_kv layer needs a layer with keys before it, within the "
+        "prefix or within the pattern: ('attention/moe', 'shared_kv/moe')",
+      )
+      require(
+        self.qk_norm in ("none", "head_after_rope"),
+        f"model.qk_norm={self.qk_norm!r} norms keys before RoPE, so shared_kv "
+        "layers cannot share them; use none or head_after_rope",
+      )
+    if "moa" in mixers:
+      k = self.moe.experts_per_token
+      require(
+        self.num_heads == k * self.num_kv_heads,
+        f"model.num_heads={self.num_heads} is not num_kv_heads="
+        f"{self.num_kv_heads} times the {k} attention experts of a token; use "
+        f"{k * self.num_kv_heads}",
+      )
+      require(
+        self.qk_norm == "none", "moa layers have no QK-norm: model.qk_norm=none"
+      )
+
+  @property
+  def rope_scaling_spec(self) -> Spec:
+    """How RoPE's frequencies are stretched, checked."""
+    try:
+      spec = Spec.parse(self.rope_scaling)
+    except ValueError as e:
+      raise ConfigError(f"model.rope_scaling: {e}") from None
+    require_choice("model.rope_scaling", spec.name, tuple(ROPE_SCALINGS))
+    options = ROPE_SCALINGS[spec.name]
+    require(
+      set(spec.kwargs) == set(options)
+      and all(isinstance(v, (int, float)) for v in spec.kwargs.values())
+      and all(v > 0 for v in spec.kwargs.values()),
+      f"model.rope_scaling={self.rope_scaling!r}: {spec.name} takes "
+      f"{', '.join(options) or 'no options'}, positive numbers",
+    )
+    return spec
 
   @property
   def prefix_layers(self) -> tuple[LayerConfig, ...]:

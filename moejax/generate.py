@@ -195,7 +195,7 @@ _unstack = jax.jit(unstack_repeats, static_argnums=0)
 
 def _check(model, prompts, max_new_tokens) -> None:
   cfg = model.config
-  if any(layer.ffn == "moe" for layer in cfg.layers):
+  if any(layer.num_routers for layer in cfg.layers):
     if not is_causal(resolve(cfg.moe.router_spec)):
       raise ConfigError(
         f"router {cfg.moe.router!r} looks at later tokens and cannot generate"

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped-query self-attention with RoPE and QK-norm."""
+"""Grouped-query self-attention with RoPE, QK-norm and shared keys."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
-from moejax.models.layers import rms_norm, rope, scale, weight
+from moejax.models.layers import rms_norm, scale, weight
+from moejax.models.rope import rope
 from moejax.models.rows import Context, LayerCache
 from moejax.ops.attention import attention, choose_backend
 
@@ -17,12 +18,19 @@ class Attention(nn.Module):
   """Causal within each segment; GQA (Ainslie et al. 2023).
 
   QK-norm is RMSNorm before RoPE, over all heads at once ("full", OLMoE) or per
-  head ("head", Qwen3).
+  head ("head", Qwen3), or per head after RoPE ("head_after_rope", Hunyuan).
+
+  With `shares_kv` the layer has no keys and values of its own: it reads those
+  of the last layer that has (cross-layer attention, Brandon et al. 2024, as in
+  Hunyuan-Large). There each layer norms the shared keys with a gain of its own;
+  a gain on a key's channel is the same gain on the query's, so the keys are
+  kept without it, once for all layers that read them.
   """
 
   config: ModelConfig
   platform: str
   backend: str
+  shares_kv: bool = False
 
   @nn.compact
   def __call__(
@@ -30,60 +38,55 @@ class Attention(nn.Module):
     x_BTD: Array,
     context: Context,
     cache: LayerCache | None,
-  ) -> tuple[Array, LayerCache | None]:
-    """Attends within `x`, or within `cache` after writing `x` at its end.
+    shared: LayerCache | None,
+  ) -> tuple[Array, LayerCache | None, LayerCache]:
+    """Attends within `x`, or within the cache after writing `x` at its end.
 
     Args:
       x_BTD: normed input.
       context: of this forward pass.
       cache: this layer's keys and values; None without a cache.
+      shared: keys and values of the last layer that has its own.
+
+    Returns:
+      The output [B, T, D], the filled cache, and what this layer read.
     """
-    cfg, rows, keys = self.config, context.rows, context.keys
+    cfg = self.config
     D, N, K, H = cfg.d_model, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    dtype, std = x_BTD.dtype, cfg.init_std
-    w_q = weight(
-      self, "w_q_DNH", (D, N, H), ("embed", "heads", "head_dim"), std
-    )
-    w_k = weight(
-      self, "w_k_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std
-    )
-    w_v = weight(
-      self, "w_v_DKH", (D, K, H), ("embed", "kv_heads", "head_dim"), std
-    )
-    w_o = weight(
-      self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), std
-    )
-    q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, w_q.astype(dtype))
-    k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_k.astype(dtype))
-    v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, w_v.astype(dtype))
     angles = context.cos_BTH, context.sin_BTH
-    q_BTNH = rope(self._norm("q_norm", q_BTNH), *angles)
-    k_BTKH = rope(self._norm("k_norm", k_BTKH), *angles)
-    if cache is None:
-      k_BSKH, v_BSKH = k_BTKH, v_BTKH
-      segments_BS, positions_BS = rows.segment_ids_BT, rows.positions_BT
-    else:
-      at = (0, keys.length, 0, 0)
-      k_BSKH = jax.lax.dynamic_update_slice(cache.k_BSKH, k_BTKH, at)
-      v_BSKH = jax.lax.dynamic_update_slice(cache.v_BSKH, v_BTKH, at)
-      segments_BS, positions_BS = keys.segment_ids_BS, keys.positions_BS
-      cache = LayerCache(k_BSKH, v_BSKH)
-    backend, _ = choose_backend(
-      self.platform, self.backend, seq_len=k_BSKH.shape[1], head_dim=H,
-      dtype=dtype,
+    q_BTNH = clip_qkv(cfg, self._norm("q_norm", self._project(x_BTD, "q", N)))
+    q_BTNH = rope(q_BTNH, *angles)
+    if not self.shares_kv:
+      k_BTKH = self._norm("k_norm", self._project(x_BTD, "k", K))
+      k_BTKH = rope(clip_qkv(cfg, k_BTKH), *angles)
+      if cfg.qk_norm == "head_after_rope":
+        k_BTKH = rms_norm(k_BTKH, jnp.ones(H), cfg.norm_eps)
+      v_BTKH = clip_qkv(cfg, self._project(x_BTD, "v", K))
+      shared = LayerCache(k_BTKH, v_BTKH)
+      if cache is not None:
+        shared = cache = cache.append(shared, context.keys.length)
+    if cfg.qk_norm == "head_after_rope":
+      gains = (scale(self, name, H, "head_dim") for name in NORMS)
+      q_BTNH = rms_norm(q_BTNH, next(gains) * next(gains), cfg.norm_eps)
+    y_BTNH = attend(self.platform, self.backend, q_BTNH, shared, context)
+    w_o = weight(
+      self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), cfg.init_std
+    )
+    y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, w_o.astype(x_BTD.dtype))
+    return y_BTD, cache, shared
+
+  def _project(self, x_BTD: Array, which: str, heads: int) -> Array:
+    cfg, letter = self.config, "N" if which == "q" else "K"
+    w = weight(
+      self, f"w_{which}_D{letter}H", (cfg.d_model, heads, cfg.head_dim),
+      ("embed", "heads" if which == "q" else "kv_heads", "head_dim"),
+      cfg.init_std,
     )  # fmt: skip
-    y_BTNH = attention(
-      q_BTNH, k_BSKH, v_BSKH,
-      query_segments_BT=rows.segment_ids_BT, key_segments_BS=segments_BS,
-      query_positions_BT=rows.positions_BT, key_positions_BS=positions_BS,
-      backend=backend,
-    )  # fmt: skip
-    y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, w_o.astype(dtype))
-    return y_BTD, cache
+    return jnp.einsum("btd,dnh->btnh", x_BTD, w.astype(x_BTD.dtype))
 
   def _norm(self, name: str, x_BTNH: Array) -> Array:
     cfg = self.config
-    if cfg.qk_norm == "none":
+    if cfg.qk_norm in ("none", "head_after_rope"):
       return x_BTNH
     B, T, N, H = x_BTNH.shape
     if cfg.qk_norm == "head":
@@ -92,3 +95,32 @@ class Attention(nn.Module):
     return rms_norm(x_BTNH.reshape(B, T, N * H), gain, cfg.norm_eps).reshape(
       B, T, N, H
     )
+
+
+NORMS = ("q_norm", "k_norm")
+
+
+def clip_qkv(config: ModelConfig, x: Array) -> Array:
+  """Queries, keys and values within +- `clip_qkv` (DBRX), if it is set."""
+  bound = config.clip_qkv
+  return jnp.clip(x, -bound, bound) if bound else x
+
+
+def attend(
+  platform: str, backend: str, q_BTNH: Array, kv: LayerCache, context: Context
+) -> Array:
+  """Attention over `kv`: the rows' own tokens, or all that is cached."""
+  rows, keys = context.rows, context.keys
+  segments_BS, positions_BS = rows.segment_ids_BT, rows.positions_BT
+  if keys is not None:
+    segments_BS, positions_BS = keys.segment_ids_BS, keys.positions_BS
+  S, H = kv.k_BSKH.shape[1], q_BTNH.shape[3]
+  backend, _ = choose_backend(
+    platform, backend, seq_len=S, head_dim=H, dtype=q_BTNH.dtype
+  )
+  return attention(
+    q_BTNH, kv.k_BSKH, kv.v_BSKH,
+    query_segments_BT=rows.segment_ids_BT, key_segments_BS=segments_BS,
+    query_positions_BT=rows.positions_BT, key_positions_BS=positions_BS,
+    backend=backend,
+  )  # fmt: skip

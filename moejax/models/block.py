@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer (pre-norm attention, pre-norm MLP or experts) and one repeat."""
+"""One layer (a mixer and an MLP or experts, normed) and one repeat."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ import jax
 
 from moejax.config import LayerConfig, ModelConfig
 from moejax.models.attention import Attention
-from moejax.models.layers import Mlp, RMSNorm
+from moejax.models.layers import Mlp, Norm
 from moejax.models.moe import Dispatch, MoE
+from moejax.models.moe_attention import MoEAttention
 from moejax.models.rows import Context, LayerCache
 from moejax.routing import RouterStats
 
@@ -33,8 +34,11 @@ class Backends:
   attention: str
 
 
+Stats = tuple[RouterStats, ...]
+
+
 class Block(nn.Module):
-  """`x += mixer(norm(x)); x += ffn(norm(x))`."""
+  """`x += mixer(norm(x)); x += ffn(norm(x))`, or the norms on the outputs."""
 
   config: ModelConfig
   layer_config: LayerConfig
@@ -46,21 +50,60 @@ class Block(nn.Module):
     x_BTD: Array,
     layer: Array,
     cache: LayerCache | None,
+    shared: LayerCache | None,
     context: Context,
-  ) -> tuple[Array, RouterStats | None, LayerCache | None]:
-    """Returns the stream, the router's sums (None if dense), the cache."""
-    cfg = self.config
-    normed = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BTD)
-    attended, cache = Attention(
-      cfg, self.backends.platform, self.backends.attention, name="attention"
-    )(normed, context, cache)
-    x_BTD += attended
-    normed = RMSNorm(cfg.norm_eps, name="ffn_norm")(x_BTD)
+  ) -> tuple[Array, Stats, LayerCache | None, LayerCache]:
+    """Runs one layer.
+
+    Args:
+      x_BTD: residual stream.
+      layer: index in the stack.
+      cache: the layer's own; None without one.
+      shared: keys and values of the last layer that has its own.
+      context: of this forward pass.
+
+    Returns:
+      The stream, the sums of the layer's routers, the cache, and the keys and
+      values that this layer read.
+    """
+    h_BTD, stats, cache, shared = self._mixer(
+      self._before("attention_norm", x_BTD), layer, cache, shared, context
+    )
+    x_BTD += self._after("attention_norm", h_BTD)
+    h_BTD = self._before("ffn_norm", x_BTD)
     if self.layer_config.ffn == "mlp":
-      return x_BTD + Mlp(cfg, cfg.d_mlp, name="mlp")(normed), None, cache
-    moe = MoE(cfg, self.backends.dispatch, self.backends.matmul, name="moe")
-    y_BTD, stats = moe(normed, context.rows, layer)
-    return x_BTD + y_BTD, stats, cache
+      h_BTD = Mlp(self.config, self.config.d_mlp, name="mlp")(h_BTD)
+    else:
+      backends = self.backends
+      moe = MoE(self.config, backends.dispatch, backends.matmul, name="moe")
+      h_BTD, moe_stats = moe(h_BTD, context.rows, layer)
+      stats += (moe_stats,)
+    return x_BTD + self._after("ffn_norm", h_BTD), stats, cache, shared
+
+  def _mixer(self, h_BTD, layer, cache, shared, context):
+    cfg, backends, mixer = self.config, self.backends, self.layer_config.mixer
+    where = cfg, backends.platform, backends.attention
+    if mixer == "moa":
+      moa = MoEAttention(
+        *where, backends.dispatch, backends.matmul, name="attention"
+      )
+      h_BTD, stats, cache, shared = moa(h_BTD, context, layer, cache)
+      return h_BTD, (stats,), cache, shared
+    attention = Attention(*where, mixer == "shared_kv", name="attention")
+    h_BTD, cache, shared = attention(h_BTD, context, cache, shared)
+    return h_BTD, (), cache, shared
+
+  def _before(self, name: str, x_BTD: Array) -> Array:
+    return self._norm(name, x_BTD, "pre")
+
+  def _after(self, name: str, x_BTD: Array) -> Array:
+    return self._norm(name, x_BTD, "post")
+
+  def _norm(self, name: str, x_BTD: Array, position: str) -> Array:
+    cfg = self.config
+    if cfg.norm_position != position:
+      return x_BTD
+    return Norm(cfg.norm, cfg.norm_eps, name=name)(x_BTD)
 
 
 class Repeat(nn.Module):
@@ -78,10 +121,12 @@ class Repeat(nn.Module):
     context: Context,
   ):
     """Returns the stream and, stacked by the scan, (stats, caches)."""
-    stats, new_caches = [], []
+    stats, new_caches, shared = (), [], None
     for i, layer_config in enumerate(self.config.pattern_layers):
       block = Block(self.config, layer_config, self.backends, name=f"block_{i}")
-      x_BTD, stat, cache = block(x_BTD, first_layer + i, caches[i], context)
-      stats.append(stat)
+      x_BTD, block_stats, cache, shared = block(
+        x_BTD, first_layer + i, caches[i], shared, context
+      )
+      stats += block_stats
       new_caches.append(cache)
-    return x_BTD, (tuple(stats), tuple(new_caches))
+    return x_BTD, (stats, tuple(new_caches))

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from moejax.config import ModelConfig
+from moejax.config import LayerConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,8 @@ def count(config: ModelConfig) -> Counts:
   D = config.d_model
   total = active = matmul = 0
   for layer in config.layers:
-    projections, gains = _attention(config)
-    layer_total = layer_active = projections
-    if layer.ffn == "mlp":
-      layer_total += 3 * D * config.d_mlp
-      layer_active += 3 * D * config.d_mlp
-    else:
-      moe = config.moe
-      expert = 3 * D * moe.d_expert
-      always = moe.num_shared_experts * expert + D * moe.num_experts
-      layer_total += moe.num_experts * expert + always
-      layer_active += moe.experts_per_token * expert + always
+    parts = [_mixer(config, layer), _ffn(config, layer)]
+    layer_total, layer_active, gains = (sum(x) for x in zip(*parts))
     norms = 2 * D + gains
     total += layer_total + norms
     active += layer_active + norms
@@ -48,15 +39,46 @@ def count(config: ModelConfig) -> Counts:
   return Counts(total + tables + D, active + tables + D, matmul + table)
 
 
-def _attention(config: ModelConfig) -> tuple[int, int]:
-  """(projection weights, QK-norm gains) of one attention."""
+def kv_bytes_per_token(config: ModelConfig) -> int:
+  """Bytes of the KV cache that one token takes in all layers."""
+  floats = 2 * config.num_kv_heads * config.head_dim
+  layers = sum(layer.has_kv for layer in config.layers)
+  return layers * floats * (2 if config.dtype == "bfloat16" else 4)
+
+
+def _mixer(config: ModelConfig, layer: LayerConfig) -> tuple[int, int, int]:
+  """(weights, those that one token uses, gains and biases)."""
   D, H = config.d_model, config.head_dim
   heads, kv_heads = config.num_heads, config.num_kv_heads
-  projections = 2 * D * H * (heads + kv_heads)
+  kv = 2 * D * H * kv_heads
+  if layer.mixer == "moa":
+    moe = config.moe
+    expert, router = 2 * D * H * kv_heads, D * moe.num_experts
+    return (
+      moe.num_experts * expert + kv + router,
+      moe.experts_per_token * expert + kv + router,
+      D * moe.output_bias,
+    )
+  projections = 2 * D * H * heads + layer.has_kv * kv
   gains = {
-    "none": 0, "head": 2 * H, "full": H * (heads + kv_heads),
+    "none": 0, "head": 2 * H, "head_after_rope": 2 * H,
+    "full": H * (heads + kv_heads),
   }[config.qk_norm]  # fmt: skip
-  return projections, gains
+  return projections, projections, gains
+
+
+def _ffn(config: ModelConfig, layer: LayerConfig) -> tuple[int, int, int]:
+  """(weights, those that one token uses, gains and biases)."""
+  D, moe = config.d_model, config.moe
+  if layer.ffn == "mlp":
+    return 3 * D * config.d_mlp, 3 * D * config.d_mlp, 0
+  expert = 3 * D * moe.d_expert
+  always = moe.num_shared_experts * expert + D * moe.num_experts
+  return (
+    moe.num_experts * expert + always,
+    moe.experts_per_token * expert + always,
+    D * moe.output_bias,
+  )
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that every layer uses: weights, RMSNorm, RoPE, the dense MLP."""
+"""Parts that every layer uses: weights, norms, the dense MLP."""
 
 import flax.linen as nn
 import jax
@@ -36,39 +36,23 @@ def rms_norm(x: Array, gain: Array, eps: float) -> Array:
   return (x32 * inverse).astype(x.dtype) * gain
 
 
-class RMSNorm(nn.Module):
+def layer_norm(x: Array, gain: Array, eps: float) -> Array:
+  """LayerNorm (Ba et al. 2016) over the last axis without a bias (DBRX)."""
+  x32 = x.astype(jnp.float32)
+  x32 -= x32.mean(axis=-1, keepdims=True)
+  return rms_norm(x32, gain, eps).astype(x.dtype)
+
+
+class Norm(nn.Module):
+  """The config's norm of the residual stream."""
+
+  kind: str
   eps: float
-  axis: str = "embed"
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return rms_norm(x, scale(self, "scale", x.shape[-1], self.axis), self.eps)
-
-
-def rope_angles(
-  positions_BT: Array, head_dim: int, theta: float
-) -> tuple[Array, Array]:
-  """Cosines and sines of RoPE's angles, float32 [B, T, head_dim / 2]."""
-  half = head_dim // 2
-  inverse_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-
-  def of_row(positions_T):
-    angle_TH = positions_T[:, None].astype(jnp.float32) * inverse_H[None]
-    return jnp.cos(angle_TH), jnp.sin(angle_TH)
-
-  # A loop, since XLA:CPU fuses bare cosines into each layer's rotation, where
-  # it takes them anew for each head (and drops optimization barriers first).
-  return jax.lax.map(of_row, positions_BT)
-
-
-def rope(x_BTNH: Array, cos_BTH: Array, sin_BTH: Array) -> Array:
-  """Rotary embedding, half-split form (Su et al. 2021), in float32."""
-  cos, sin = cos_BTH[:, :, None], sin_BTH[:, :, None]
-  first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate(
-    [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x_BTNH.dtype)
+    function = {"rms": rms_norm, "layer": layer_norm}[self.kind]
+    return function(x, scale(self, "scale", x.shape[-1], "embed"), self.eps)
 
 
 class Mlp(nn.Module):

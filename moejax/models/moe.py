@@ -13,7 +13,7 @@ from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models.layers import Mlp, weight
 from moejax.models.rows import Rows
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.routing import RouterStats, resolve
+from moejax.routing import RouterStats, Routing, resolve
 
 Array = jax.Array
 Dispatch = Callable[..., Array]
@@ -34,33 +34,20 @@ class MoE(nn.Module):
 
     `layer` is the layer's index, which sets its routing noise apart.
     """
+    cfg = self.config
     B, T, D = x_BTD.shape
-    mask_BT = rows.segment_ids_BT > 0
-    x_TD = x_BTD.reshape(B * T, D)
-    router = resolve(self.config.moe.router_spec)
-    routing = router(
-      self._logits(x_TD), mask_BT.reshape(-1), rng=rows.token_keys(layer)
-    )
+    routing, stats = route(self, cfg, x_BTD, rows, layer)
     expert_fn = functools.partial(
       gated_mlp, functools.partial(grouped_matmul, backend=self.matmul)
     )
-    y_TD = self.dispatch(expert_fn, self._weights(), x_TD, routing)
-    y_BTD = y_TD.reshape(B, T, D)
-    shared = self.config.moe.num_shared_experts
+    y_TD = self.dispatch(
+      expert_fn, self._weights(), x_BTD.reshape(B * T, D), routing
+    )
+    y_BTD = y_TD.reshape(B, T, D) + output_bias(self, cfg, x_BTD.dtype)
+    shared = cfg.moe.num_shared_experts
     if shared:
-      width = shared * self.config.moe.d_expert
-      y_BTD += Mlp(self.config, width, name="shared")(x_BTD)
-    return y_BTD, RouterStats.of(routing, mask_BT)
-
-  def _logits(self, x_TD: Array) -> Array:
-    D, E = self.config.d_model, self.config.moe.num_experts
-    w_DE = weight(
-      self, "w_router_DE", (D, E), ("embed", "router"), self.config.init_std
-    )
-    # float32 at full precision: rounded logits flip near-ties.
-    return jnp.matmul(
-      x_TD.astype(jnp.float32), w_DE, precision=jax.lax.Precision.HIGHEST
-    )
+      y_BTD += Mlp(cfg, shared * cfg.moe.d_expert, name="shared")(x_BTD)
+    return y_BTD, stats
 
   def _weights(self) -> GatedMlpWeights:
     cfg, std = self.config, self.config.init_std
@@ -71,3 +58,30 @@ class MoE(nn.Module):
       w_up_EDF=weight(self, "w_up_EDF", (E, D, F), inward, std),
       w_down_EFD=weight(self, "w_down_EFD", (E, F, D), outward, std),
     )
+
+
+def route(
+  module: nn.Module, config: ModelConfig, x_BTD: Array, rows: Rows, layer: Array
+) -> tuple[Routing, RouterStats]:
+  """The routing of a layer by a router of its own, and its sums."""
+  D, E = config.d_model, config.moe.num_experts
+  w_DE = weight(
+    module, "w_router_DE", (D, E), ("embed", "router"), config.init_std
+  )
+  # float32 at full precision: rounded logits flip near-ties.
+  logits_TE = jnp.matmul(
+    x_BTD.reshape(-1, D).astype(jnp.float32), w_DE,
+    precision=jax.lax.Precision.HIGHEST,
+  )  # fmt: skip
+  mask_BT = rows.segment_ids_BT > 0
+  router = resolve(config.moe.router_spec)
+  routing = router(logits_TE, mask_BT.reshape(-1), rng=rows.token_keys(layer))
+  return routing, RouterStats.of(routing, mask_BT)
+
+
+def output_bias(module: nn.Module, config: ModelConfig, dtype) -> Array | float:
+  """One bias after the sum over experts, ungated (JetMoE); 0 if not wanted."""
+  if not config.moe.output_bias:
+    return 0.0
+  init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+  return module.param("bias_D", init, (config.d_model,)).astype(dtype)

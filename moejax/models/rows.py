@@ -62,13 +62,21 @@ class LayerCache:
   k_BSKH: Array
   v_BSKH: Array
 
+  def append(self, new: Self, length: Array) -> Self:
+    """Writes the keys and values of T tokens after the first `length`."""
+    at = (0, length, 0, 0)
+    update = jax.lax.dynamic_update_slice
+    return LayerCache(
+      update(self.k_BSKH, new.k_BSKH, at), update(self.v_BSKH, new.v_BSKH, at)
+    )
+
 
 @flax.struct.dataclass
 class KVCache:
   """Keys and values of all layers, filled up to `length`.
 
   Attributes:
-    prefix: a LayerCache for each prefix layer.
+    prefix: a LayerCache for each prefix layer, None where it shares another's.
     pattern: a LayerCache for each pattern entry, stacked over repeats; with
       unscanned layers, a tuple of such entries for each repeat.
     segment_ids_BS: int32, 0 where nothing may be attended to.
@@ -88,17 +96,22 @@ class KVCache:
     K, H = config.num_kv_heads, config.head_dim
     dtype = jnp.dtype(config.dtype)
 
-    def layer(*stack):
+    def caches(layers, *stack):
       shape = (*stack, batch_size, max_len, K, H)
-      return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+      return tuple(
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        if layer.has_kv
+        else None
+        for layer in layers
+      )
 
     R = config.num_repeats
     if config.scan_layers:
-      pattern = tuple(layer(R) for _ in config.pattern)
+      pattern = caches(config.pattern_layers, R)
     else:
-      pattern = tuple(tuple(layer() for _ in config.pattern) for _ in range(R))
+      pattern = tuple(caches(config.pattern_layers) for _ in range(R))
     return cls(
-      prefix=tuple(layer() for _ in config.prefix),
+      prefix=caches(config.prefix_layers),
       pattern=pattern,
       segment_ids_BS=jnp.zeros((batch_size, max_len), jnp.int32),
       positions_BS=jnp.zeros((batch_size, max_len), jnp.int32),

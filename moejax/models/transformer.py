@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from moejax.config import ModelConfig
 from moejax.dispatch import DISPATCHES
 from moejax.models.block import Backends, Block, Repeat
-from moejax.models.layers import RMSNorm, rope_angles, weight
+from moejax.models.layers import Norm, weight
+from moejax.models.rope import rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
@@ -32,7 +33,7 @@ class ModelOutput:
 
   Attributes:
     hidden_BTD: normed output of the last layer; `logits` turns it into logits.
-    stats: sums of each MoE layer's router, stacked [L, ...]; None if all dense.
+    stats: sums of each router in order, stacked [L, ...]; None if all dense.
     cache: the filled KV cache, None if none was given.
   """
 
@@ -71,7 +72,7 @@ class Transformer(nn.Module):
       self.repeats = [
         repeat(cfg, self.backends) for _ in range(cfg.num_repeats)
       ]
-    self.final_norm = RMSNorm(cfg.norm_eps)
+    self.final_norm = Norm(cfg.norm, cfg.final_norm_eps or cfg.norm_eps)
 
   def __call__(
     self, tokens_BT: Array, rows: Rows, cache: KVCache | None = None
@@ -80,13 +81,18 @@ class Transformer(nn.Module):
     cfg = self.config
     x_BTD = self.w_embed_VD[tokens_BT].astype(cfg.dtype)
     keys = cache.append_rows(rows) if cache else None
-    angles = rope_angles(rows.positions_BT, cfg.head_dim, cfg.rope_theta)
+    frequencies_H = rope_frequencies(
+      cfg.head_dim, cfg.rope_theta, cfg.rope_scaling_spec
+    )
+    angles = rope_angles(rows.positions_BT, frequencies_H)
     context = Context(rows, *angles, keys)
-    prefix_stats, prefix_caches = [], []
+    prefix_stats, prefix_caches, shared = (), [], None
     for i, block in enumerate(self.prefix):
       layer_cache = cache.prefix[i] if cache else None
-      x_BTD, stat, layer_cache = block(x_BTD, i, layer_cache, context)
-      prefix_stats.append(stat)
+      x_BTD, stats, layer_cache, shared = block(
+        x_BTD, i, layer_cache, shared, context
+      )
+      prefix_stats += stats
       prefix_caches.append(layer_cache)
     repeats = self._scan if cfg.scan_layers else self._loop
     x_BTD, pattern_stats, pattern_caches = repeats(x_BTD, cache, context)
@@ -197,18 +203,19 @@ def _scanned(config: ModelConfig) -> type[nn.Module]:
   )
 
 
-def _join_stats(prefix_stats, pattern_stats) -> RouterStats | None:
-  """Prefix stats and stacked pattern stats in layer order, [L_moe, ...]."""
-  pattern = [s for s in pattern_stats if s is not None]
-  prefix = [s for s in prefix_stats if s is not None]
+def _join_stats(
+  prefix_stats: tuple[RouterStats, ...], pattern_stats: tuple[RouterStats, ...]
+) -> RouterStats | None:
+  """Prefix stats and stacked pattern stats in the routers' order, [L, ...]."""
   parts = []
-  if prefix:
-    parts.append(jax.tree.map(lambda *xs: jnp.stack(xs), *prefix))
-  if pattern:
+  if prefix_stats:
+    parts.append(jax.tree.map(lambda *xs: jnp.stack(xs), *prefix_stats))
+  if pattern_stats:
     # [R, P, ...] -> [R * P, ...]: repeat by repeat, as the layers run.
     parts.append(
       jax.tree.map(
-        lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *pattern
+        lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]),
+        *pattern_stats,
       )
     )
   if not parts:

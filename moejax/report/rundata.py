@@ -80,7 +80,9 @@ class RunData:
     L = self.loads.shape[1]
     if self.config is not None:
       layers = self.config.model.layers
-      found = [i for i, layer in enumerate(layers) if layer.ffn == "moe"]
+      found = [
+        i for i, layer in enumerate(layers) for _ in range(layer.num_routers)
+      ]
       if len(found) == L:
         return found
     return list(range(L))

@@ -71,6 +71,15 @@ class Routing:
       experts_per_token=X,
     )
 
+  def of_assignments(self) -> Self:
+    """The same choices for rows that are assignments already, one expert each.
+
+    A second pass through the same experts: mixture of attention heads routes
+    tokens on the way in and their heads, [A, ...], on the way out.
+    """
+    rows_A = jnp.arange(self.expert_A.shape[0], dtype=jnp.int32)
+    return self.replace(token_A=rows_A, experts_per_token=1)
+
 
 def non_causal(router: Router) -> Router:
   """Marks a router whose choices for a token depend on later tokens."""
