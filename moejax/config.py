@@ -443,6 +443,9 @@ class LossConfig:
     "global", "where loads are counted: the global batch, or each sequence"
   )
   router_z: float = option(0.001, "weight of the router z-loss")
+  router_reduction: str = option(
+    "mean", "router losses count as their mean over routers, or sum (JetMoE)"
+  )
   chunk_size: int = option(
     1024, "tokens whose float32 logits exist at once; memory against speed"
   )
@@ -450,6 +453,9 @@ class LossConfig:
   def __post_init__(self):
     require_choice(
       "loss.load_balance_scope", self.load_balance_scope, ("global", "sequence")
+    )
+    require_choice(
+      "loss.router_reduction", self.router_reduction, ("mean", "sum")
     )
     require_positive("loss", self, "chunk_size")
     for name in ("z_loss", "load_balance", "router_z"):

@@ -183,7 +183,8 @@ def total_loss(
 ) -> tuple[Array, dict[str, Array]]:
   """The scalar to differentiate and its terms by metric name.
 
-  Router terms are logged unweighted, so that they read the same at any weight.
+  Router terms are logged as means and unweighted, so that they read the same at
+  any weight and depth.
   """
   tokens = _at_least_one(sums.tokens)
   loss = sums.total / tokens
@@ -191,7 +192,8 @@ def total_loss(
   if stats is not None:
     balance = load_balance(stats, config.load_balance_scope)
     z = router_z(stats)
-    loss += config.load_balance * balance + config.router_z * z
+    routers = {"mean": 1, "sum": stats.z_B.shape[0]}[config.router_reduction]
+    loss += routers * (config.load_balance * balance + config.router_z * z)
     terms |= {"loss/balance": balance, "loss/router_z": z}
   return loss, {"loss/total": loss, **terms}
 

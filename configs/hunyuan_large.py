@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hunyuan-Large: 389 B parameters, 52 B active (Sun et al. 2024).
+
+  moejax train --config=configs/hunyuan_large.py --workdir=runs/hunyuan
+  moejax train --config=configs/hunyuan_large.py:tiny --workdir=runs/hunyuan_tiny
+
+Published: 7 T tokens, the last 5% annealed to a tenth of the peak rate
+(arXiv:2411.02265); hardware, rates and batch are not, so those here are a start
+for a study. `:tiny` is a minute on a laptop.
+
+One shared expert and 16 routed ones, top-1. Every second layer reads the keys
+and values of the one before (cross-layer attention), 8 heads of them for 80
+query heads; QK-norm after RoPE; RoPE's base raised by NTK's alpha.
+"""
+
+from moejax.config import default_config
+
+
+def get_config(arg=""):
+  config = default_config()
+
+  model = config.model
+  model.vocab_size = 128512
+  model.d_model = 6400
+  model.num_layers = 64
+  model.pattern = ("attention/moe", "shared_kv/moe")
+  model.num_heads = 80
+  model.num_kv_heads = 8
+  model.head_dim = 80
+  model.qk_norm = "head_after_rope"
+  model.norm_eps = 1e-5
+  model.rope_theta = 10000.0
+  model.rope_scaling = "ntk(alpha=100000.0)"
+  model.tie_embeddings = True
+  model.moe.num_experts = 16
+  model.moe.d_expert = 18304
+  model.moe.router = "top_k(k=1)"
+  model.moe.num_shared_experts = 1
+  model.remat = "full"
+
+  config.loss.load_balance = 0.01  # not published
+  config.loss.router_z = 0.0
+
+  config.optimizer.learning_rate = 2e-4  # not published
+  config.optimizer.schedule.name = "wsd"
+  config.optimizer.schedule.decay = 0.05
+  config.optimizer.schedule.final = 0.1
+  config.data.sources = ("data/hunyuan/*.jsonl.gz",)
+  config.data.tokenizer = "tokenizers/hunyuan/tokenizer.json"
+  config.data.seq_len = 8192
+  config.train.batch_size = 1024
+  config.train.num_steps = 834_000  # 7 T tokens
+  config.checkpoint.every = 2000
+  config.eval.every = 2000
+
+  if arg == "tiny":
+    _shrink(config)
+  elif arg:
+    raise ValueError(f"no variant {arg!r}; there is 'tiny'")
+  return config
+
+
+def _shrink(config):
+  from shrink import shrink_training
+
+  shrink_training(config)
+  model = config.model
+  model.d_model = 96
+  model.num_layers = 4
+  model.num_heads = 6
+  model.num_kv_heads = 2
+  model.head_dim = 20
+  model.moe.num_experts = 7
+  model.moe.d_expert = 88

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OLMoE-1B-7B: 6.9 B parameters, 1.3 B active (Muennighoff et al. 2024).
+
+  moejax train --config=configs/olmoe_1b_7b.py --workdir=runs/olmoe
+  moejax train --config=configs/olmoe_1b_7b.py:tiny --workdir=runs/olmoe_tiny
+
+Published: 256 H100, about 10 days for 5.03 T tokens, 23,600 tokens/s a GPU
+(arXiv:2409.02060). `:tiny` is a minute on a laptop.
+
+64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
+heads at once; no shared expert. Main phase of the recipe: cosine to a tenth over
+5 T tokens, of which 5.03 T were run; the annealing phase after it goes linearly
+from there to zero over 100 B tokens.
+
+The data is OLMoE-mix (DCLM, StarCoder, peS2o and others), as local files, and the
+tokenizer that of the released model; both are named below and come from you.
+"""
+
+from moejax.config import default_config
+
+
+def get_config(arg=""):
+  config = default_config()
+
+  model = config.model
+  model.vocab_size = 50304  # 50280 in use, padded
+  model.d_model = 2048
+  model.num_layers = 16
+  model.num_heads = 16
+  model.num_kv_heads = 16
+  model.head_dim = 128
+  model.qk_norm = "full"
+  model.norm_eps = 1e-5
+  model.rope_theta = 10000.0
+  model.moe.num_experts = 64
+  model.moe.d_expert = 1024
+  model.moe.router = "top_k(k=8)"
+  model.remat = "full"
+
+  config.loss.load_balance = 0.01
+  config.loss.router_z = 0.001
+
+  optimizer = config.optimizer
+  optimizer.learning_rate = 4e-4
+  optimizer.b2 = 0.95
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.1  # of everything, norms and embeddings too
+  optimizer.clip_norm = 1.0
+  optimizer.schedule.name = "cosine"
+  optimizer.schedule.warmup = 2500.0
+  optimizer.schedule.final = 0.1
+
+  config.data.sources = ("data/olmoe_mix/*.jsonl.gz",)
+  config.data.tokenizer = "tokenizers/olmoe/tokenizer.json"
+  config.data.seq_len = 4096
+  config.train.batch_size = 1024
+  config.train.num_steps = 1_200_000
+  config.checkpoint.every = 5000
+  config.eval.every = 5000
+
+  if arg == "tiny":
+    _shrink(config)
+  elif arg:
+    raise ValueError(f"no variant {arg!r}; there is 'tiny'")
+  return config
+
+
+def _shrink(config):
+  from shrink import shrink_training
+
+  shrink_training(config)
+  model = config.model
+  model.d_model = 96
+  model.num_layers = 3
+  model.num_heads = 4
+  model.num_kv_heads = 4
+  model.head_dim = 24
+  model.moe.num_experts = 16
+  model.moe.d_expert = 40
