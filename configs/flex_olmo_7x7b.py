@@ -2,7 +2,7 @@
 """FlexOlmo-7x7B-1T: 33.3 B parameters, 24.6 B active (Shi et al. 2025).
 
   moejax train --config=configs/flex_olmo_7x7b.py --workdir=runs/flex_olmo
-  moejax train --config=configs/flex_olmo_7x7b.py:tiny --workdir=runs/flex_olmo_tiny
+  moejax train --config=configs/flex_olmo_7x7b.py:tiny --workdir=runs/flex_tiny
 
 7 experts top-5, not renormalised, each trained apart on its own data and merged
 (arXiv:2507.07024). Norms stand on the outputs of attention and experts, none on

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hunyuan-Large: 389 B parameters, 52 B active (Sun et al. 2024).
 
-  moejax train --config=configs/hunyuan_large.py --workdir=runs/hunyuan
-  moejax train --config=configs/hunyuan_large.py:tiny --workdir=runs/hunyuan_tiny
+  moejax train --config=configs/hunyuan_large.py --workdir=runs/hy
+  moejax train --config=configs/hunyuan_large.py:tiny --workdir=runs/hy_tiny
 
 Published: 7 T tokens, the last 5% annealed to a tenth of the peak rate
 (arXiv:2411.02265); hardware, rates and batch are not, so those here are a start

@@ -8,12 +8,12 @@ Published: 256 H100, about 10 days for 5.03 T tokens, 23,600 tokens/s a GPU
 (arXiv:2409.02060). `:tiny` is a minute on a laptop.
 
 64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
-heads at once; no shared expert. Main phase of the recipe: cosine to a tenth over
-5 T tokens, of which 5.03 T were run; the annealing phase after it goes linearly
-from there to zero over 100 B tokens.
+heads at once; no shared expert. Main phase of the recipe: cosine to a tenth
+over 5 T tokens, of which 5.03 T were run; the annealing phase after it goes
+linearly from there to zero over 100 B tokens.
 
-The data is OLMoE-mix (DCLM, StarCoder, peS2o and others), as local files, and the
-tokenizer that of the released model; both are named below and come from you.
+The data is OLMoE-mix (DCLM, StarCoder, peS2o and others), as local files, and
+the tokenizer that of the released model; both are named below, you bring them.
 """
 
 from moejax.config import default_config

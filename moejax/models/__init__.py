@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thin Linen modules: they declare parameters and call the maths."""
 
-from moejax.models.counting import Counts, count, train_flops_per_token
+from moejax.models.counting import (
+  Counts,
+  count,
+  kv_bytes_per_token,
+  train_flops_per_token,
+)
 from moejax.models.rows import KVCache, Rows
 from moejax.models.transformer import (
   ModelOutput,
@@ -13,5 +18,6 @@ from moejax.models.transformer import (
 
 __all__ = [
   "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "build", "count",
-  "init_params", "train_flops_per_token", "unstack_repeats",
+  "init_params", "kv_bytes_per_token", "train_flops_per_token",
+  "unstack_repeats",
 ]  # fmt: skip

@@ -43,7 +43,7 @@ class MoE(nn.Module):
     y_TD = self.dispatch(
       expert_fn, self._weights(), x_BTD.reshape(B * T, D), routing
     )
-    y_BTD = y_TD.reshape(B, T, D) + output_bias(self, cfg, x_BTD.dtype)
+    y_BTD = add_bias(self, cfg, y_TD.reshape(B, T, D))
     shared = cfg.moe.num_shared_experts
     if shared:
       y_BTD += Mlp(cfg, shared * cfg.moe.d_expert, name="shared")(x_BTD)
@@ -79,9 +79,10 @@ def route(
   return routing, RouterStats.of(routing, mask_BT)
 
 
-def output_bias(module: nn.Module, config: ModelConfig, dtype) -> Array | float:
-  """One bias after the sum over experts, ungated (JetMoE); 0 if not wanted."""
+def add_bias(module: nn.Module, config: ModelConfig, y_BTD: Array) -> Array:
+  """One bias after the sum over experts, ungated (JetMoE), if it is wanted."""
   if not config.moe.output_bias:
-    return 0.0
+    return y_BTD
   init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-  return module.param("bias_D", init, (config.d_model,)).astype(dtype)
+  bias_D = module.param("bias_D", init, (config.d_model,))
+  return y_BTD + bias_D[None, None].astype(y_BTD.dtype)

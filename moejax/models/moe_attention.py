@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from moejax.config import ModelConfig
 from moejax.models.attention import attend, clip_qkv
 from moejax.models.layers import weight
-from moejax.models.moe import Dispatch, output_bias, route
+from moejax.models.moe import Dispatch, add_bias, route
 from moejax.models.rope import rope
 from moejax.models.rows import Context, LayerCache
 from moejax.ops.grouped_matmul import grouped_matmul
@@ -86,7 +86,7 @@ class MoEAttention(nn.Module):
       routing.of_assignments(),
     )  # fmt: skip
     y_BTD = y_AD.reshape(B, T, X, D).sum(2)
-    return y_BTD + output_bias(self, cfg, dtype), stats, cache, kv
+    return add_bias(self, cfg, y_BTD), stats, cache, kv
 
 
 def _multiply(backend, h_AD, sizes_E, w_EDF):

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs of the published systems: exact counts, real trees."""
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax.cli import parse_config
+from moejax.errors import ConfigError
+from moejax.models import build, count, kv_bytes_per_token
+from moejax.step import init_state
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# (all, active) parameters, counted from the authors' shapes.
+PUBLISHED = {
+  "olmoe_1b_7b": (6_919_161_856, 1_282_017_280),
+  "jetmoe_8b": (8_522_237_952, 2_331_445_248),
+  "dbrx_132b": (131_596_523_520, 36_469_708_800),
+  "hunyuan_large": (388_698_128_640, 51_318_800_640),
+  "mixtral_8x7b": (46_702_792_704, 12_879_925_248),
+  "qwen3_30b_a3b": (30_532_122_624, 3_353_032_704),
+  "flex_olmo_7x7b": (33_270_665_216, 24_613_621_760),
+}
+
+
+def read(name, arg=""):
+  return parse_config(f"{CONFIGS / name}.py{arg}", [])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("arg", ["", ":tiny"])
+def test_counts_are_those_published_and_of_the_real_tree(name, arg):
+  config = read(name, arg)
+  counts = count(config.model)
+  if not arg:
+    assert (counts.num_params, counts.num_active_params) == PUBLISHED[name]
+  model = build(config.model)
+  state = jax.eval_shape(lambda: init_state(config, model))
+  size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  assert size(state.params) == counts.num_params
+  assert size(state.opt_state) >= 2 * counts.num_params
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tiny_keeps_the_architecture_and_differs_in_all_sizes(name):
+  full, tiny = read(name).model, read(name, ":tiny").model
+  for kept in (
+    "pattern", "prefix", "qk_norm", "clip_qkv", "norm", "norm_position",
+    "norm_eps", "final_norm_eps", "rope_theta", "rope_scaling",
+    "tie_embeddings",
+  ):  # fmt: skip
+    assert getattr(full, kept) == getattr(tiny, kept), kept
+  assert full.moe.output_bias == tiny.moe.output_bias
+  assert full.moe.num_shared_experts == tiny.moe.num_shared_experts
+  sizes = [
+    tiny.d_model, tiny.num_heads * tiny.head_dim, tiny.moe.d_expert,
+    tiny.vocab_size, tiny.moe.num_experts,
+  ]  # fmt: skip
+  if full.num_kv_heads != full.num_heads:
+    sizes.append(tiny.num_kv_heads * tiny.head_dim)
+  allowed = name in ("olmoe_1b_7b",)  # published: all heads together are D wide
+  assert len(set(sizes)) + allowed == len(sizes), sizes
+
+
+def test_hunyuan_keeps_a_twentieth_of_plain_attentions_cache():
+  model = read("hunyuan_large").model
+  plain = model.num_layers * 2 * model.num_heads * model.head_dim * 2
+  assert kv_bytes_per_token(model) == 2 * 8 * 80 * 64  # 2 n_g d_h L, bf16
+  assert kv_bytes_per_token(model) / plain == 0.05
+
+
+def test_an_unknown_variant_names_the_one_there_is():
+  with pytest.raises(ConfigError, match="no variant 'small'; there is 'tiny'"):
+    read("dbrx_132b", ":small")
