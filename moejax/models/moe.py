@@ -13,7 +13,7 @@ from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models.layers import Mlp, weight
 from moejax.models.rows import Rows
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.routing import RouterStats, resolve
+from moejax.routing import RouterStats, check_routing, resolve
 
 Array = jax.Array
 Dispatch = Callable[..., Array]
@@ -38,8 +38,11 @@ class MoE(nn.Module):
     mask_BT = rows.segment_ids_BT > 0
     x_TD = x_BTD.reshape(B * T, D)
     router = resolve(self.config.moe.router_spec)
-    routing = router(
-      self._logits(x_TD), mask_BT.reshape(-1), rng=rows.token_keys(layer)
+    routing = check_routing(
+      router(
+        self._logits(x_TD), mask_BT.reshape(-1), rng=rows.token_keys(layer)
+      ),
+      self.config.moe.router,
     )
     expert_fn = functools.partial(
       gated_mlp, functools.partial(grouped_matmul, backend=self.matmul)
