@@ -541,7 +541,7 @@ class Config:
     warmup, decay = self.optimizer.schedule.lengths(self.train.num_steps)
     require(
       warmup + decay <= self.train.num_steps,
-      f"optimizer.schedule: warm-up of {warmup} and decay of {decay} steps do "
+      f"optimizer.schedule.warmup and .decay, {warmup} and {decay} steps, do "
       f"not fit in train.num_steps={self.train.num_steps}; shorten them or use "
       "shares such as 0.1",
     )

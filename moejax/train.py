@@ -87,10 +87,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       start = int(state.step)
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
-        print(
-          f"already trained to step {start}; raise train.num_steps to go on",
-          flush=True,
-        )
+        print(f"already trained to step {start}; {_how_to_go_on(config)}")
         runs.write_files(workdir, config, tokenizer)
         _report(workdir)
         return 0
@@ -127,6 +124,7 @@ class Loop:
     state: TrainState,
     restored: Restored | None,
   ):
+    self.dropped_noted = False
     self.config, self.model, self.tokenizer = config, model, tokenizer
     self.stores, self.checkpoints, self.workdir = stores, checkpoints, workdir
     self.state = state
@@ -193,6 +191,7 @@ class Loop:
       if step % LOAD_EVERY == 0 or step == 1:
         self.log.load(step, load_LE)
     self._check_finite(step, metrics)
+    self._note_dropped(step, metrics)
     tokens = int(metrics["tokens"])
     self.tokens_seen += tokens
     metrics["tokens"] = self.tokens_seen
@@ -210,6 +209,18 @@ class Loop:
           f"it: {newest}); use a lower optimizer.learning_rate in a new "
           "--workdir, or look at the data of this step"
         )
+
+  def _note_dropped(self, step: int, metrics: dict[str, Any]) -> None:
+    """Says once that assignments went nowhere; the metrics have them all."""
+    if self.dropped_noted or "router/dropped" not in metrics:
+      return
+    if not metrics["router/dropped"]:
+      return
+    self.dropped_noted = True
+    self.progress.message(
+      f"note: {float(metrics['router/dropped']):.1%} of step {step}'s "
+      "assignments went to no expert; the metric router/dropped has every step"
+    )
 
   def _log_time(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
     now = time.perf_counter()
@@ -323,6 +334,9 @@ def announce(
     f"data: {stores.describe()}; {tokens:,} tokens a batch, "
     f"{config.train.num_steps} steps"
   )
+  unseen = [s.source for s in stores.stores if not s.rows("validation")]
+  if config.eval.every and unseen:
+    print(f"note: validation has no rows of {', '.join(unseen)}")
   for line in describe_backends(model, config.data.seq_len):
     print(line)
   if jax.device_count() > 1:
@@ -338,6 +352,17 @@ def _fresh_state(config: Config, model: Transformer) -> TrainState:
   return jax.jit(lambda: init_state(config, model))()
 
 
+def _how_to_go_on(config: Config) -> str:
+  """What a person may do with a run that reached its last step."""
+  decay = config.optimizer.schedule.lengths(config.train.num_steps)[1]
+  if config.optimizer.schedule.name == "wsd" and not decay:
+    return "raise train.num_steps to go on"
+  return (
+    "its learning rate has decayed, so a longer run needs a new --workdir (or "
+    "optimizer.schedule.decay=0 from the start)"
+  )
+
+
 def _due(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
 
@@ -345,6 +370,7 @@ def _due(every: int, step: int) -> bool:
 def _report(workdir: Path) -> None:
   from moejax.report import write_report
 
+  print("drawing the report...", flush=True)
   try:
     print(f"report: {write_report(workdir)}", flush=True)
   except UserError as e:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be trained is refused in one line, before anything is written."""
 
+import re
+
 import pytest
 
 from moejax.__main__ import main
@@ -44,6 +46,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(
   assert message in error
   assert error.count("\n") == 1, error
   assert not (place / "bad").exists()
+
+
+def test_assignments_that_go_nowhere_are_said_once(place, monkeypatch, capsys):
+  (place / "leaky.py").write_text(
+    "from moejax.routing import top_k\n"
+    "def router(logits_TE, mask_T, *, rng=None):\n"
+    "  good = top_k(logits_TE, mask_T, k=1)\n"
+    "  nowhere = logits_TE.shape[1]\n"
+    "  return good.replace(expert_A=good.expert_A.at[::4].set(nowhere))\n"
+  )
+  monkeypatch.chdir(place)
+  code = main([
+    "train", "--config=config.py", "--workdir=leaky",
+    "--config.model.moe.router=leaky.router", "--config.train.num_steps=3",
+    "--config.optimizer.schedule.warmup=1",
+    "--config.optimizer.schedule.decay=0", "--config.eval.every=0",
+  ])  # fmt: skip
+  out = capsys.readouterr().out
+  assert code == 0
+  assert out.count("assignments went to no expert") == 1, out
+  assert re.search(r"note: 2\d\.\d% of step 1's", out), out
 
 
 def test_a_step_beyond_the_memory_is_refused(place, monkeypatch, capsys):

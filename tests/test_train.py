@@ -130,12 +130,17 @@ def wait_for_step(run, step, process):
 def test_a_finished_run_says_so_and_can_be_extended(place, unbroken):
   again = train(place, "unbroken")
   assert again.returncode == 0
-  assert "already trained to step 40" in again.stdout
+  assert "already trained to step 40; its learning rate has" in again.stdout
   short = train(
     place, "extended", "--config.train.num_steps=25",
     "--config.optimizer.schedule.decay=0",
   )  # fmt: skip
   assert short.returncode == 0
+  same = train(
+    place, "extended", "--config.train.num_steps=25",
+    "--config.optimizer.schedule.decay=0",
+  )  # fmt: skip
+  assert "step 25; raise train.num_steps to go on" in same.stdout
   longer = train(place, "extended")
   assert longer.returncode == 0, longer.stderr
   assert "goes on at step 25" in longer.stdout

@@ -102,8 +102,10 @@ def _prepare_source(
   say(f"{spec}: {_describe(manifest)} in {folder}, {seconds}")
   if config.validation_fraction and "validation" not in manifest["splits"]:
     say(
-      f"{spec}: no document fell into validation; raise "
-      f"data.validation_fraction={config.validation_fraction} if you evaluate"
+      f"{spec}: none of its {manifest['documents']} documents fell into "
+      "validation (a text file is one document); for an evaluation split the "
+      f"text into more, or raise data.validation_fraction="
+      f"{config.validation_fraction}; without one set eval.every=0"
     )
   return folder
 
@@ -283,7 +285,8 @@ def _finish(
     shutil.rmtree(building)
     raise DataError(
       f"{spec} has no text to train on: {manifest['empty_documents']} empty "
-      f"documents, {manifest['validation_documents']} in validation"
+      f"documents, {manifest['validation_documents']} in validation; split the "
+      "text into more documents, or lower data.validation_fraction"
     )
   for split in store.SPLITS:
     if split not in manifest["splits"]:

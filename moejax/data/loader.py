@@ -167,8 +167,9 @@ def validation_batches(
   total = stores.rows("validation")
   if not total:
     raise DataError(
-      "no validation rows: raise data.validation_fraction and prepare again, "
-      "or set eval.every=0"
+      "no validation rows: prepare again with more documents or a larger "
+      "data.validation_fraction; train without evaluation by eval.every=0; "
+      "evaluate a run on files by moejax eval RUN --data FILE"
     )
   sizes = [float(s.rows("validation")) for s in stores.stores]
   mixture = Mixture([(0, sizes)])

@@ -88,8 +88,8 @@ def _missing(config: DataConfig, spec: str, folder: pathlib.Path) -> str:
   near = f" (there is {', '.join(others)})" if others else ""
   return (
     f"no token store for {spec} with seq_len={config.seq_len} and tokenizer "
-    f"{config.tokenizer} under {config.store}{near}; run: moejax data prepare "
-    "--config=..."
+    f"{config.tokenizer} under {config.store}{near}; run moejax data "
+    "prepare with the same --config and the same --config.data options"
   )
 
 

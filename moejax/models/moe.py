@@ -13,7 +13,7 @@ from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models.layers import Mlp, weight
 from moejax.models.rows import Rows
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.routing import RouterStats, Routing, resolve
+from moejax.routing import RouterStats, Routing, check_routing, resolve
 
 Array = jax.Array
 Dispatch = Callable[..., Array]
@@ -75,7 +75,10 @@ def route(
   )  # fmt: skip
   mask_BT = rows.segment_ids_BT > 0
   router = resolve(config.moe.router_spec)
-  routing = router(logits_TE, mask_BT.reshape(-1), rng=rows.token_keys(layer))
+  routing = check_routing(
+    router(logits_TE, mask_BT.reshape(-1), rng=rows.token_keys(layer)),
+    config.moe.router,
+  )
   return routing, RouterStats.of(routing, mask_BT)
 
 

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who goes where: one router a file, all with the same signature."""
 
-from moejax.routing.base import Routing, home_of, is_causal, non_causal, resolve
+from moejax.routing.base import (
+  Routing,
+  check_routing,
+  home_of,
+  is_causal,
+  non_causal,
+  resolve,
+)
 from moejax.routing.stats import RouterStats
 from moejax.routing.top_k import top_k
 
 __all__ = [
-  "RouterStats", "Routing", "home_of", "is_causal", "non_causal", "resolve",
-  "top_k",
+  "RouterStats", "Routing", "check_routing", "home_of", "is_causal",
+  "non_causal", "resolve", "top_k",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import flax.struct
 import jax
@@ -58,7 +58,18 @@ class Routing:
   def from_token_choice(
     cls, expert_TX: Array, weight_TX: Array, logits_TE: Array, mask_T: Array
   ) -> Self:
-    """Each token names its X experts; masked tokens go nowhere."""
+    """Each token names its X experts; masked tokens go nowhere.
+
+    Args:
+      expert_TX: integers below E.
+      weight_TX: combine weight of each.
+      logits_TE: as the router was given them.
+      mask_T: as the router was given it.
+
+    Raises:
+      ConfigError: shapes that do not fit, or experts that are no integers.
+    """
+    _check_choice(expert_TX, weight_TX, logits_TE)
     T, X = expert_TX.shape
     E = logits_TE.shape[-1]
     expert_TX = jnp.where(mask_T[:, None], expert_TX, E)
@@ -79,6 +90,41 @@ class Routing:
     """
     rows_A = jnp.arange(self.expert_A.shape[0], dtype=jnp.int32)
     return self.replace(token_A=rows_A, experts_per_token=1)
+
+
+def _check_choice(expert_TX, weight_TX, logits_TE) -> None:
+  """What goes wrong most in a router of one's own, the arguments' order."""
+  shapes = f"experts {expert_TX.shape}, weights {weight_TX.shape}"
+  if expert_TX.shape != weight_TX.shape or expert_TX.ndim != 2:
+    raise ConfigError(
+      f"router: {shapes} for logits {logits_TE.shape}; both must be [T, X]"
+    )
+  if not jnp.issubdtype(expert_TX.dtype, jnp.integer):
+    raise ConfigError(
+      f"router: experts are {expert_TX.dtype}, not integers; the order is "
+      "from_token_choice(expert_TX, weight_TX, logits_TE, mask_T), while "
+      "jax.lax.top_k returns values first"
+    )
+
+
+def check_routing(routing: Any, name: str) -> "Routing":
+  """What a router returned, if it is one.
+
+  Raises:
+    ConfigError: naming the router, if it is not.
+  """
+  if not isinstance(routing, Routing):
+    raise ConfigError(
+      f"router {name} returned {type(routing).__name__}, not a Routing; "
+      "Routing.from_token_choice makes one"
+    )
+  A = routing.token_A.shape
+  if routing.expert_A.shape != A or routing.weight_A.shape != A:
+    raise ConfigError(
+      f"router {name}: token_A {A}, expert_A {routing.expert_A.shape} and "
+      f"weight_A {routing.weight_A.shape} must be one list, [A]"
+    )
+  return routing
 
 
 def non_causal(router: Router) -> Router:
@@ -148,7 +194,10 @@ def _check_options(router: Router, spec: Spec) -> None:
     inspect.signature(router).bind(None, None, rng=None, **spec.kwargs)
   except TypeError as e:
     parameters = list(inspect.signature(router).parameters)[2:]
-    options = ", ".join(p for p in parameters if p != "rng")
+    options = [p for p in parameters if p != "rng"]
+    unknown = sorted(set(spec.kwargs) - set(options))
+    what = f"no option {', '.join(unknown)}" if unknown else str(e)
     raise ConfigError(
-      f"model.moe.router: {spec.name}: {e}; its options: {options}"
+      f"model.moe.router: {spec.name}: {what}; its options: "
+      f"{', '.join(options)}"
     ) from e

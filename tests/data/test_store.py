@@ -129,7 +129,7 @@ def test_a_missing_store_tells_the_command_and_what_there_is(made):
     open_stores(other, load_tokenizer("byte"))
   message = str(caught.value)
   assert "no token store for " in message and "seq_len=64" in message
-  assert "moejax data prepare --config=..." in message
+  assert "moejax data prepare with the same --config" in message
   assert stores.stores[0].folder.name in message
   other = dataclasses.replace(config, sources=("python-stdlib",))
   with pytest.raises(DataError, match="no token store for python-stdlib"):
