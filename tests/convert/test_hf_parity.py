@@ -58,8 +58,12 @@ def test_there_and_back_is_the_same(family):
 
 
 @EACH
-def test_logits_and_gradients(family):
-  model = build(family.config)
+@pytest.mark.parametrize("dispatch", ["ragged", "dense"])
+def test_logits_and_gradients(family, dispatch):
+  if dispatch == "dense" and family.name not in ("olmoe", "jetmoe"):
+    pytest.skip("routed as those two")
+  moe = dataclasses.replace(family.config.moe, dispatch=dispatch)
+  model = build(dataclasses.replace(family.config, moe=moe))
   tokens, cotangent = hf.inputs()
   positions = jnp.tile(jnp.arange(hf.T), (hf.B, 1))
   rows = Rows(jnp.ones((hf.B, hf.T), jnp.int32), positions)
