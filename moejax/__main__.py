@@ -12,6 +12,7 @@ COMMANDS = {
   "train": ("moejax.train", "train a model from a config, or go on with a run"),
   "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
   "generate": ("moejax.generate", "let a checkpoint write text"),
+  "describe": ("moejax.describe", "sizes, FLOPs and memory of a config"),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }

@@ -25,7 +25,8 @@ LAYERS = {
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train resume step memory runs evaluate generate report "
+    "__main__ cli train resume step memory runs evaluate generate describe "
+    "report "
     "data.command finetune analysis plan convert"
   ),
 }

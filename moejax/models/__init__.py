@@ -4,6 +4,8 @@
 from moejax.models.counting import (
   Counts,
   count,
+  count_parts,
+  dtype_bytes,
   kv_bytes_per_token,
   train_flops_per_token,
 )
@@ -18,6 +20,6 @@ from moejax.models.transformer import (
 
 __all__ = [
   "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "build", "count",
-  "init_params", "kv_bytes_per_token", "train_flops_per_token",
-  "unstack_repeats",
+  "count_parts", "dtype_bytes", "init_params", "kv_bytes_per_token",
+  "train_flops_per_token", "unstack_repeats",
 ]  # fmt: skip

@@ -2,16 +2,17 @@
 """Parameters and FLOPs from the config alone, by formula."""
 
 import dataclasses
+from typing import Self
 
 from moejax.config import LayerConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Sizes of a model.
+  """Parameters of a model or of a part of it.
 
   Attributes:
-    num_params: all parameters.
+    num_params: all.
     num_active_params: those that one token uses, embedding tables included
       (tied: once), as the published systems count them.
     matmul_params: active parameters that multiply a token: no norms, no input
@@ -22,63 +23,90 @@ class Counts:
   num_active_params: int
   matmul_params: int
 
+  def __add__(self, other: Self) -> Self:
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+    return Counts(*(x + y for x, y in pairs))
+
+
+NOTHING = Counts(0, 0, 0)
+
 
 def count(config: ModelConfig) -> Counts:
   """Counts of the model; `tests/models` compares them with the real tree."""
-  D = config.d_model
-  total = active = matmul = 0
+  return sum(count_parts(config).values(), NOTHING)
+
+
+def count_parts(config: ModelConfig) -> dict[str, Counts]:
+  """Counts by part, in the order of the data; absent parts are left out."""
+  table = config.vocab_size * config.d_model
+  found = {"input table": Counts(table, table, table * config.tie_embeddings)}
   for layer in config.layers:
-    parts = [_mixer(config, layer), _ffn(config, layer)]
-    layer_total, layer_active, gains = (sum(x) for x in zip(*parts))
-    norms = 2 * D + gains
-    total += layer_total + norms
-    active += layer_active + norms
-    matmul += layer_active
-  table = config.vocab_size * D
-  tables = table if config.tie_embeddings else 2 * table
-  return Counts(total + tables + D, active + tables + D, matmul + table)
+    for name, counts in (*_mixer(config, layer), *_ffn(config, layer)):
+      found[name] = (found[name] if name in found else NOTHING) + counts
+  norms = (2 * config.num_layers + 1) * config.d_model
+  found["norms"] = Counts(norms, norms, 0)
+  if not config.tie_embeddings:
+    found["output table"] = _always(table)
+  return {name: c for name, c in found.items() if c.num_params}
 
 
 def kv_bytes_per_token(config: ModelConfig) -> int:
   """Bytes of the KV cache that one token takes in all layers."""
   floats = 2 * config.num_kv_heads * config.head_dim
   layers = sum(layer.has_kv for layer in config.layers)
-  return layers * floats * (2 if config.dtype == "bfloat16" else 4)
+  return layers * floats * dtype_bytes(config)
 
 
-def _mixer(config: ModelConfig, layer: LayerConfig) -> tuple[int, int, int]:
-  """(weights, those that one token uses, gains and biases)."""
+def dtype_bytes(config: ModelConfig) -> int:
+  return 2 if config.dtype == "bfloat16" else 4
+
+
+def _always(weights: int) -> Counts:
+  """Weights that multiply every token."""
+  return Counts(weights, weights, weights)
+
+
+def _routed(config: ModelConfig, expert: int) -> Counts:
+  """Experts of `expert` weights, of which a token visits a few."""
+  active = config.moe.experts_per_token * expert
+  return Counts(config.moe.num_experts * expert, active, active)
+
+
+def _bias(config: ModelConfig) -> tuple[str, Counts]:
+  size = config.d_model * config.moe.output_bias
+  return "biases", Counts(size, size, 0)
+
+
+def _mixer(config: ModelConfig, layer: LayerConfig):
+  """(part, counts) of what mixes tokens."""
   D, H = config.d_model, config.head_dim
   heads, kv_heads = config.num_heads, config.num_kv_heads
-  kv = 2 * D * H * kv_heads
+  keys = 2 * D * H * kv_heads
   if layer.mixer == "moa":
-    moe = config.moe
-    expert, router = 2 * D * H * kv_heads, D * moe.num_experts
-    return (
-      moe.num_experts * expert + kv + router,
-      moe.experts_per_token * expert + kv + router,
-      D * moe.output_bias,
-    )
-  projections = 2 * D * H * heads + layer.has_kv * kv
+    yield "attention's keys, values", _always(keys)
+    yield "attention's experts", _routed(config, 2 * D * H * kv_heads)
+    yield "routers", _always(D * config.moe.num_experts)
+    yield _bias(config)
+    return
+  yield "attention", _always(2 * D * H * heads + layer.has_kv * keys)
   gains = {
     "none": 0, "head": 2 * H, "head_after_rope": 2 * H,
     "full": H * (heads + kv_heads),
   }[config.qk_norm]  # fmt: skip
-  return projections, projections, gains
+  yield "QK-norms", Counts(gains, gains, 0)
 
 
-def _ffn(config: ModelConfig, layer: LayerConfig) -> tuple[int, int, int]:
-  """(weights, those that one token uses, gains and biases)."""
+def _ffn(config: ModelConfig, layer: LayerConfig):
+  """(part, counts) of what works on each token alone."""
   D, moe = config.d_model, config.moe
   if layer.ffn == "mlp":
-    return 3 * D * config.d_mlp, 3 * D * config.d_mlp, 0
+    yield "dense MLPs", _always(3 * D * config.d_mlp)
+    return
   expert = 3 * D * moe.d_expert
-  always = moe.num_shared_experts * expert + D * moe.num_experts
-  return (
-    moe.num_experts * expert + always,
-    moe.experts_per_token * expert + always,
-    D * moe.output_bias,
-  )
+  yield "routed experts", _routed(config, expert)
+  yield "shared experts", _always(moe.num_shared_experts * expert)
+  yield "routers", _always(D * moe.num_experts)
+  yield _bias(config)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
