@@ -81,3 +81,14 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
         f"done (the run is at step {done}); give warm-up in steps, and extend "
         "before the decay begins, or use a new --workdir"
       )
+
+
+def how_to_go_on(config: Config) -> str:
+  """What a person may do with a run that reached its last step."""
+  decay = config.optimizer.schedule.lengths(config.train.num_steps)[1]
+  if config.optimizer.schedule.name == "wsd" and not decay:
+    return "raise train.num_steps to go on"
+  return (
+    "its learning rate has decayed, so a longer run needs a new --workdir (or "
+    "optimizer.schedule.decay=0 from the start)"
+  )

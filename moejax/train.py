@@ -31,7 +31,7 @@ from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
 from moejax.progress import TrainProgress
-from moejax.resume import restore_or_none
+from moejax.resume import how_to_go_on, restore_or_none
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
 from moejax.step import TrainState, device_batch, init_state
 
@@ -87,7 +87,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       start = int(state.step)
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
-        print(f"already trained to step {start}; {_how_to_go_on(config)}")
+        print(f"already trained to step {start}; {how_to_go_on(config)}")
         runs.write_files(workdir, config, tokenizer)
         _report(workdir)
         return 0
@@ -350,17 +350,6 @@ def announce(
 
 def _fresh_state(config: Config, model: Transformer) -> TrainState:
   return jax.jit(lambda: init_state(config, model))()
-
-
-def _how_to_go_on(config: Config) -> str:
-  """What a person may do with a run that reached its last step."""
-  decay = config.optimizer.schedule.lengths(config.train.num_steps)[1]
-  if config.optimizer.schedule.name == "wsd" and not decay:
-    return "raise train.num_steps to go on"
-  return (
-    "its learning rate has decayed, so a longer run needs a new --workdir (or "
-    "optimizer.schedule.decay=0 from the start)"
-  )
 
 
 def _due(every: int, step: int) -> bool:

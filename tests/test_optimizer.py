@@ -63,7 +63,7 @@ def test_no_warmup():
 
 
 def test_lengths_that_do_not_fit_are_refused():
-  with pytest.raises(ConfigError, match="warm-up of 90 and decay of 20 steps"):
+  with pytest.raises(ConfigError, match="warmup and .decay, 90 and 20 steps"):
     rates(100, warmup=90.0, decay=20.0)
 
 
