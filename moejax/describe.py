@@ -66,7 +66,7 @@ def _memory(config: Config) -> list[str]:
     _row(f"weights, {model.dtype}", _gib(dtype_bytes(model) * params)),
     _row(
       "stream between layers",
-      f"{_gib(kept)} a row, {_gib(kept * rows)} a batch (what remat=full keeps)",
+      f"{_gib(kept)} a row, {_gib(kept * rows)} a batch (kept by remat=full)",
     ),
   ]
 

@@ -14,7 +14,7 @@ def test_hunyuan_large_as_published(capsys):
   total = next(x for x in out.splitlines() if x.startswith("total"))
   assert total.split() == ["total", "388,698,128,640", "51,318,800,640"]
   assert "81,920 bytes, 5.0% of plain attention's 1,638,400" in out
-  assert max(map(len, out.splitlines())) <= 80
+  assert max(map(len, out.splitlines())) <= 88
 
 
 def test_parts_add_up_to_the_total(capsys):
@@ -22,7 +22,7 @@ def test_parts_add_up_to_the_total(capsys):
     "describe", f"--config={CONFIGS / 'jetmoe_8b.py'}:tiny",
     "--config.model.moe.d_expert=64",
   ])  # fmt: skip
-  rows = [x for x in capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]]
+  rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
   numbers = [
     [int(word.replace(",", "")) for word in row.split()[-2:]] for row in rows
   ]

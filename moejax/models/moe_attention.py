@@ -65,12 +65,12 @@ class MoEAttention(nn.Module):
       ("expert", "kv_heads", "head_dim", "embed"), std,
     )  # fmt: skip
     multiply = functools.partial(_multiply, self.matmul)
-    q_AM = self.dispatch(
+    q_AF = self.dispatch(
       multiply, w_q.reshape(E, D, K * H), x_BTD.reshape(B * T, D), routing,
       combine=False,
     )  # fmt: skip
     # Head c of all X experts reads keys of head c: neighbours, as GQA has them.
-    q_BTKXH = q_AM.reshape(B, T, X, K, H).swapaxes(2, 3)
+    q_BTKXH = q_AF.reshape(B, T, X, K, H).swapaxes(2, 3)
     q_BTNH = q_BTKXH.reshape(B, T, K * X, H)
     angles = context.cos_BTH, context.sin_BTH
     q_BTNH = rope(clip_qkv(cfg, q_BTNH), *angles)
