@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading a hub's config.json: what is used, what is refused, what is left."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moejax.errors import DataError
+
+_REQUIRED = object()
+# Says nothing about the architecture: training, tokens, files, generation.
+_IRRELEVANT = frozenset(
+  "architectures model_type torch_dtype dtype transformers_version auto_map "
+  "use_cache bos_token_id eos_token_id pad_token_id eod_token_id sep_token_id "
+  "initializer_range max_position_embeddings max_seq_len name_or_path "
+  "_name_or_path output_router_logits router_aux_loss_coef aux_loss_coef "
+  "attention_dropout resid_pdrop emb_pdrop attn_pdrop moe_loss_weight "
+  "hidden_dropout router_jitter_noise moe_jitter_eps return_dict "
+  "output_hidden_states output_attentions chunk_size_feed_forward id2label "
+  "label2id is_encoder_decoder problem_type pretraining_tp".split()
+)
+
+
+class HubConfig:
+  """A config.json whose keys are ticked off as they are read."""
+
+  def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
+    self._values, self._where, self._read = values, where, set()
+
+  def take(self, *names: str, default: Any = _REQUIRED) -> Any:
+    """The value under the first of `names` that is there and not null.
+
+    Raises:
+      DataError: none is, and there is no default.
+    """
+    self._read.update(names)
+    for name in names:
+      if name in self._values and self._values[name] is not None:
+        return self._values[name]
+    if default is _REQUIRED:
+      raise DataError(f"{self._where} has no {' or '.join(names)}")
+    return default
+
+  def section(self, name: str) -> "HubConfig":
+    """A nested mapping, empty if it is not there."""
+    return HubConfig(self.take(name, default={}), f"{self._where}: {name}")
+
+  def expect(self, name: str, *allowed: Any) -> None:
+    """Refuses any other value of `name` than absence, null, or `allowed`.
+
+    Raises:
+      DataError: naming the value that the architecture cannot express.
+    """
+    value = self.take(name, default=allowed[0])
+    if value not in allowed:
+      raise DataError(
+        f"{self._where}: {name}={value!r} is not supported, only "
+        f"{' or '.join(map(repr, allowed))}"
+      )
+
+  def unread(self) -> list[str]:
+    """Keys that nobody read and that might matter, sorted."""
+    return sorted(set(self._values) - self._read - _IRRELEVANT)
+
+
+def rope(hub: HubConfig, default_theta: float = 10000.0) -> dict[str, Any]:
+  """`rope_theta` and `rope_scaling` from either of the hub's spellings.
+
+  Raises:
+    DataError: a kind of scaling that is not known here.
+  """
+  scaling = dict(hub.take("rope_scaling", default={}))
+  scaling |= dict(hub.take("rope_parameters", default={}))
+  theta = hub.take("rope_theta", default=default_theta)
+  if "rope_theta" in scaling:
+    theta = scaling["rope_theta"]
+  return {"rope_theta": float(theta), "rope_scaling": _scaling(scaling)}
+
+
+def _scaling(values: Mapping[str, Any]) -> str:
+  kind = next((values[k] for k in ("rope_type", "type") if k in values), None)
+  if kind in (None, "default"):
+    return "none"
+  if kind == "linear":
+    return f"linear(factor={float(values['factor'])})"
+  # Hunyuan calls it dynamic; nothing in it is.
+  if kind == "dynamic" and "alpha" in values and values["alpha"]:
+    return f"ntk(alpha={float(values['alpha'])})"
+  raise DataError(
+    f"config.json: RoPE scaling {dict(values)} is not supported; linear, and "
+    "dynamic with alpha, are"
+  )
+
+
+def stack(kinds: Sequence[str]) -> dict[str, Any]:
+  """`prefix` and `pattern` of a list of layers: as little as describes it."""
+  L = len(kinds)
+  size, prefix, pattern = min(
+    (p + n, p, n)
+    for n in range(1, L + 1)
+    for p in range(L - n + 1)
+    if (L - p) % n == 0
+    and all(kinds[i] == kinds[p + (i - p) % n] for i in range(p, L))
+  )
+  del size
+  return {
+    "num_layers": L,
+    "prefix": tuple(kinds[:prefix]),
+    "pattern": tuple(kinds[prefix : prefix + pattern]),
+  }
+
+
+def top_k(k: int, renormalize: bool) -> str:
+  """The router of a config; at k = 1 there is nothing to renormalise."""
+  more = ", renormalize=True" if renormalize and k > 1 else ""
+  return f"top_k(k={k}{more})"

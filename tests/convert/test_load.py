@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hub's folder, whole and in parts, and what can be wrong in it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moejax.convert import load_hf
+from moejax.convert.hub_config import stack
+from moejax.errors import DataError
+from moejax.models import build, init_params
+from tests.convert import families as hf
+
+EACH = pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
+OLMOE = hf.FAMILIES[0]
+
+
+def write(folder, family, tensors=None, shards=1, **changes):
+  """A folder as the hub has them."""
+  (folder / "config.json").write_text(json.dumps(family.hf_config | changes))
+  tensors = hf.tensors(family) if tensors is None else tensors
+  if shards == 1:
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+  weight_map = {}
+  for i in range(shards):
+    name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+    part = dict(list(tensors.items())[i::shards])
+    save_file(part, folder / name)
+    weight_map |= dict.fromkeys(part, name)
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": weight_map})
+  )
+  return folder
+
+
+@EACH
+def test_config_and_tree_are_those_of_the_model(family, tmp_path):
+  config, params = load_hf(write(tmp_path, family), dtype="float32")
+  assert config == family.config
+  shapes = jax.eval_shape(lambda: init_params(build(config), jax.random.key(0)))
+  assert jax.tree.map(np.shape, params) == jax.tree.map(jnp.shape, shapes)
+
+
+def test_shards_and_bfloat16(tmp_path):
+  whole = {
+    name: x.astype(ml_dtypes.bfloat16) for name, x in hf.tensors(OLMOE).items()
+  }
+  config, params = load_hf(write(tmp_path, OLMOE, whole, shards=3))
+  assert config.dtype == "bfloat16"
+  leaf = params["repeats_1"]["block_0"]["moe"]["w_up_EDF"]
+  assert leaf.dtype == ml_dtypes.bfloat16
+  want = whole["model.layers.1.mlp.experts.4.up_proj.weight"].T
+  np.testing.assert_array_equal(leaf[4], want)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"model_type": "llama"}, "'llama' is not one of olmoe, "),
+    ({"num_experts": None}, "has no num_experts"),
+    ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
+    ({"attention_bias": True}, "attention_bias=True is not supported"),
+    ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling .*longrope"),
+    ({"num_experts": 8}, r"mlp.gate.weight is \(7, 24\), config.json says \(8"),
+    (
+      {"hidden_size": 32},
+      r"embed_tokens.weight is \(53, 24\), config.json says",
+    ),
+    ({"num_hidden_layers": 1}, "tensors that this architecture does not have"),
+  ],
+)
+def test_what_does_not_fit_is_named(changes, message, tmp_path):
+  with pytest.raises(DataError, match=message):
+    load_hf(write(tmp_path, OLMOE, **changes))
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+  tensors = hf.tensors(OLMOE)
+  del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
+  with pytest.raises(DataError, match="no tensor model.layers.1.*3.up_proj"):
+    load_hf(write(tmp_path, OLMOE, tensors))
+
+
+def test_unknown_options_are_listed(tmp_path, capsys):
+  load_hf(write(tmp_path, OLMOE, soft_cap=30.0))
+  assert "note: not read from config.json: soft_cap" in capsys.readouterr().out
+
+
+def test_missing_and_damaged_files(tmp_path):
+  with pytest.raises(DataError, match="config.json is missing"):
+    load_hf(tmp_path)
+  write(tmp_path, OLMOE, shards=2)
+  last = tmp_path / "model-00002-of-00002.safetensors"
+  last.write_bytes(last.read_bytes()[:-100])
+  with pytest.raises(DataError, match="is damaged or truncated"):
+    load_hf(tmp_path)
+  last.unlink()
+  with pytest.raises(DataError, match="names model-00002-of.*, which is miss"):
+    load_hf(tmp_path)
+  (tmp_path / "model.safetensors.index.json").unlink()
+  (tmp_path / "pytorch_model.bin").write_bytes(b"")
+  with pytest.raises(DataError, match="pickle, which may run code"):
+    load_hf(tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  with pytest.raises(DataError, match="config.json is not readable"):
+    load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "kinds, prefix, pattern",
+  [
+    ("aaaa", "", "a"),
+    ("abab", "", "ab"),
+    ("caaa", "c", "a"),
+    ("ccabab", "cc", "ab"),
+    ("abc", "", "abc"),
+  ],
+)
+def test_a_list_of_layers_as_prefix_and_pattern(kinds, prefix, pattern):
+  found = stack(list(kinds))
+  assert found["prefix"] == tuple(prefix)
+  assert found["pattern"] == tuple(pattern)
