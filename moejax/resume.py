@@ -57,9 +57,12 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
   Raises:
     CheckpointError: naming each key that differs.
   """
+  # Options that came to be since the run began have their defaults, which are
+  # what it did without them.
+  stored = Config.from_dict(meta["config"])
   changed = [
     line
-    for line in differences(meta["config"], config.to_dict())
+    for line in differences(stored.to_dict(), config.to_dict())
     if not line.startswith(FREE_OPTIONS)
   ]
   schedule_only = [
@@ -73,7 +76,7 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
     )  # fmt: skip
   if changed:
     done = meta["step"]
-    before = schedule_values(Config.from_dict(meta["config"]))[:done]
+    before = schedule_values(stored)[:done]
     after = schedule_values(config)[:done]
     if len(after) < done or not np.array_equal(before, after):
       raise CheckpointError(
