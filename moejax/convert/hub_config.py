@@ -110,6 +110,16 @@ def stack(kinds: Sequence[str]) -> dict[str, Any]:
 
 
 def top_k(k: int, renormalize: bool) -> str:
-  """The router of a config; at k = 1 there is nothing to renormalise."""
-  more = ", renormalize=True" if renormalize and k > 1 else ""
+  """The router of a config.
+
+  Raises:
+    DataError: renormalised at k = 1, where the weight is 1 whatever the router
+      says and no gradient reaches it; `moejax.routing.top_k` refuses it too.
+  """
+  if renormalize and k == 1:
+    raise DataError(
+      "config.json: weights renormalised over one expert are always 1, which "
+      "leaves the router without a gradient; not supported"
+    )
+  more = ", renormalize=True" if renormalize else ""
   return f"top_k(k={k}{more})"

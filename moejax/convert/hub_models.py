@@ -20,7 +20,10 @@ def olmoe(hub: HubConfig) -> dict[str, Any]:
 
 
 def flex_olmo(hub: HubConfig) -> dict[str, Any]:
-  return olmoe(hub) | rope(hub, 5e5) | {"norm_position": "post"}
+  return olmoe(hub) | rope(hub, 5e5) | {
+    "norm_position": "post",
+    "norm_eps": float(hub.take("rms_norm_eps", default=1e-6)),
+  }  # fmt: skip
 
 
 def mixtral(hub: HubConfig) -> dict[str, Any]:

@@ -80,6 +80,25 @@ def test_what_does_not_fit_is_named(changes, message, tmp_path):
     load_hf(write(tmp_path, OLMOE, **changes))
 
 
+@pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
+def test_a_gate_that_is_always_one_is_refused(family, tmp_path):
+  """Renormalised at k = 1; read as not renormalised it would be silent."""
+  keys = {"num_experts_per_tok": 1, "moe_topk": 1, "norm_topk_prob": True}
+  changes = {k: v for k, v in keys.items() if k in family.hf_config}
+  if family.name == "dbrx":
+    changes = {"ffn_config": family.hf_config["ffn_config"] | {"moe_top_k": 1}}
+  if family.name == "flex_olmo":
+    changes["norm_topk_prob"] = True
+  with pytest.raises(DataError, match="renormalised over one expert"):
+    load_hf(write(tmp_path, family, **changes))
+
+
+def test_flex_olmo_has_an_epsilon_of_its_own(tmp_path):
+  family = next(f for f in hf.FAMILIES if f.name == "flex_olmo")
+  config, _ = load_hf(write(tmp_path, family, rms_norm_eps=None))
+  assert config.norm_eps == 1e-6
+
+
 def test_a_missing_tensor_is_named(tmp_path):
   tensors = hf.tensors(OLMOE)
   del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
