@@ -146,3 +146,26 @@ def test_a_batch_of_padding_has_a_finite_loss():
   )
   total, _ = losses.total_loss(LossConfig(), sums, None)
   assert total == 0
+
+
+def test_router_losses_as_a_sum_over_routers_are_l_times_their_mean():
+  """JetMoE's form; what is logged stays the mean."""
+  L, rows, E = 3, 2, 4
+  draw = np.random.default_rng(0).uniform
+  of = lambda *shape: jnp.asarray(draw(1, 2, shape), jnp.float32)
+  stats = RouterStats(
+    count_BE=of(L, rows, E), prob_BE=of(L, rows, E), z_B=of(L, rows),
+    entropy_B=of(L, rows), dropped_B=of(L, rows), tokens_B=of(L, rows),
+  )  # fmt: skip
+  sums = losses.LossSums(*map(jnp.asarray, (8.0, 8.0, 0.0, 4.0)))
+
+  def both(reduction):
+    config = LossConfig(
+      load_balance=0.3, router_z=0.2, router_reduction=reduction
+    )
+    return losses.total_loss(config, sums, stats)
+
+  (mean, mean_terms), (total, sum_terms) = both("mean"), both("sum")
+  np.testing.assert_allclose(total - 2.0, L * (mean - 2.0), rtol=1e-6)
+  assert mean_terms["loss/balance"] == sum_terms["loss/balance"]
+  assert mean_terms["loss/router_z"] == sum_terms["loss/router_z"]
