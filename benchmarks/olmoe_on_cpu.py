@@ -65,10 +65,10 @@ def moejax_tasks():
   }  # fmt: skip
 
   @jax.jit
-  def logits(params):
+  def logits(variables):
     rows = Rows(ones, positions)
-    hidden = model.apply({"params": params}, row[:, :-1], rows).hidden_BTD
-    return model.apply({"params": params}, hidden, method="logits")
+    hidden = model.apply(variables, row[:, :-1], rows).hidden_BTD
+    return model.apply(variables, hidden, method="logits")
 
   def train():
     nonlocal state
@@ -78,7 +78,7 @@ def moejax_tasks():
   def decode(batch_size):
     prompts = tokens(batch_size, PROMPT).tolist()
     out = generate_tokens(
-      *for_generation(model, state.params),
+      *for_generation(model, state.variables),
       prompts,
       NEW,
       Sampling(),
@@ -88,7 +88,7 @@ def moejax_tasks():
 
   return {
     "train": train,
-    "forward": lambda: logits(state.params).block_until_ready(),
+    "forward": lambda: logits(state.variables).block_until_ready(),
     "decode 1": lambda: decode(1),
     "decode 8": lambda: decode(8),
   }

@@ -18,7 +18,7 @@ from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError, DataError
 from moejax.losses import router_metrics
-from moejax.models import Transformer
+from moejax.models import Transformer, Variables
 from moejax.progress import progress_bar
 from moejax.runs import load_run
 from moejax.step import device_batch, make_eval_step
@@ -27,7 +27,7 @@ from moejax.step import device_batch, make_eval_step
 def evaluate(
   config: Config,
   model: Transformer,
-  params: Any,
+  variables: Variables,
   stores: Any,
   tokenizer: Tokenizer,
 ) -> dict[str, float]:
@@ -38,7 +38,7 @@ def evaluate(
     `validation/bits_per_byte`, `validation/tokens` and the routers' metrics.
   """
   batches = validation_batches(config, stores, config.eval.num_batches)
-  values = evaluate_batches(config, model, params, batches, tokenizer)
+  values = evaluate_batches(config, model, variables, batches, tokenizer)
   return {f"validation/{key}": value for key, value in values.items()}
 
 
@@ -55,14 +55,20 @@ def validation_batches(config: Config, stores: Any, num_batches: int) -> Any:
 
 
 def evaluate_batches(
-  config: Config, model: Transformer, params: Any, batches, tokenizer: Tokenizer
+  config: Config,
+  model: Transformer,
+  variables: Variables,
+  batches,
+  tokenizer: Tokenizer,
 ) -> dict[str, float]:
   """Means over all targets of `batches`; see `evaluate`."""
   eval_step = _jitted_eval_step(config, model)
   xent = tokens = num_bytes = 0.0
   stats = None
   for batch in batches:
-    sums, batch_stats = jax.device_get(eval_step(params, device_batch(batch)))
+    sums, batch_stats = jax.device_get(
+      eval_step(variables, device_batch(batch))
+    )
     xent += float(sums.xent)
     tokens += float(sums.tokens)
     num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
@@ -125,7 +131,7 @@ def main(argv: list[str]) -> int:
       config, stores, args.num_batches or config.eval.num_batches
     )
   values = evaluate_batches(
-    config, run.model, run.params, _shown(batches), run.tokenizer
+    config, run.model, run.variables, _shown(batches), run.tokenizer
   )
   name = ", ".join(args.data) if args.data else "validation"
   if args.json:

@@ -4,7 +4,7 @@
 From Python, prompts of any lengths at once:
 
   run = load_run("runs/tiny")
-  texts = generate(run.model, run.params, run.tokenizer, ["def ", "class "])
+  texts = generate(run.model, run.variables, run.tokenizer, ["def ", "class "])
 """
 
 import argparse
@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ import numpy as np
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
 from moejax.memory import require_memory
-from moejax.models import KVCache, Rows, Transformer, unstack_repeats
+from moejax.models import KVCache, Rows, Transformer, Variables, unstack_repeats
 from moejax.progress import printable
 from moejax.routing import is_causal, resolve
 from moejax.runs import load_run
@@ -38,7 +37,7 @@ CACHE_BUCKET = 128
 
 def generate(
   model: Transformer,
-  params: Any,
+  variables: Variables,
   tokenizer: Tokenizer,
   prompts: Sequence[str],
   max_new_tokens: int = 200,
@@ -49,7 +48,7 @@ def generate(
   """The text that follows each prompt, up to the end-of-text token.
 
   Args:
-    model, params, tokenizer: as `load_run` returns them.
+    model, variables, tokenizer: as `load_run` returns them.
     prompts: texts of any lengths; an empty one starts a new document.
     max_new_tokens: most tokens per prompt.
     sampling: greedy, temperature, top-k, top-p.
@@ -59,7 +58,7 @@ def generate(
   """
   ids = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
   out = generate_tokens(
-    model, params, ids, max_new_tokens, sampling, jax.random.key(seed),
+    model, variables, ids, max_new_tokens, sampling, jax.random.key(seed),
     stop_ids=(tokenizer.eos_id,), on_tokens=on_tokens,
   )  # fmt: skip
   return [tokenizer.decode(tokens) for tokens in out]
@@ -77,7 +76,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def generate_tokens(
   model: Transformer,
-  params: Any,
+  variables: Variables,
   prompts: Sequence[Sequence[int]],
   max_new_tokens: int,
   sampling: Sampling,
@@ -92,7 +91,7 @@ def generate_tokens(
       looks at later tokens.
   """
   _check(model, prompts, max_new_tokens)
-  model, params = for_generation(model, params)
+  model, variables = for_generation(model, variables)
   tokens_BT, rows = left_pad(prompts)
   B, T = tokens_BT.shape
   cache_len = -(-(T + max_new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
@@ -106,7 +105,7 @@ def generate_tokens(
   cache = cache()
   keys_B = jax.vmap(lambda b: jax.random.fold_in(key, b))(jnp.arange(B))
   token_B, cache = _prefill(
-    model, sampling, params, tokens_BT, rows, cache, keys_B
+    model, sampling, variables, tokens_BT, rows, cache, keys_B
   )
   # Host arrays: additions of JAX's would be a program each, every step.
   positions_B = np.array([len(p) for p in prompts], np.int32)
@@ -124,7 +123,7 @@ def generate_tokens(
     if not alive.any() or step + 1 == max_new_tokens:
       break
     token_B, cache = _decode(
-      model, sampling, params, token_B, positions_B + step, alive,
+      model, sampling, variables, token_B, positions_B + step, alive,
       cache, keys_B, step,
     )  # fmt: skip
   return out
@@ -146,30 +145,32 @@ def left_pad(prompts: Sequence[Sequence[int]]) -> tuple[Array, Rows]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(5,))
-def _prefill(model, sampling, params, tokens_BT, rows, cache, keys_B):
+def _prefill(model, sampling, variables, tokens_BT, rows, cache, keys_B):
   """Fills the cache with the prompts and draws their next tokens."""
-  output = model.apply({"params": params}, tokens_BT, rows, cache)
-  return _draw(model, sampling, params, output, keys_B), output.cache
+  output = model.apply(variables, tokens_BT, rows, cache)
+  return _draw(model, sampling, variables, output, keys_B), output.cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(6,))
 def _decode(
-  model, sampling, params, token_B, positions_B, alive_B, cache, keys_B, step
+  model, sampling, variables, token_B, positions_B, alive_B, cache, keys_B, step
 ):
   """Appends one token a row and draws the next; done rows are padding."""
   rows = Rows(alive_B[:, None].astype(jnp.int32), positions_B[:, None])
-  output = model.apply({"params": params}, token_B[:, None], rows, cache)
+  output = model.apply(variables, token_B[:, None], rows, cache)
   keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step + 1))(keys_B)
-  return _draw(model, sampling, params, output, keys_B), output.cache
+  return _draw(model, sampling, variables, output, keys_B), output.cache
 
 
-def _draw(model, sampling, params, output, keys_B):
+def _draw(model, sampling, variables, output, keys_B):
   hidden_B1D = output.hidden_BTD[:, -1:]
-  logits_B1V = model.apply({"params": params}, hidden_B1D, method="logits")
+  logits_B1V = model.apply(variables, hidden_B1D, method="logits")
   return next_tokens(sampling, logits_B1V[:, 0], keys_B)
 
 
-def for_generation(model: Transformer, params: Any) -> tuple[Transformer, Any]:
+def for_generation(
+  model: Transformer, variables: Variables
+) -> tuple[Transformer, Variables]:
   """The same model, its weights laid out for one token at a time.
 
   Weights are cast to the compute dtype once (routers stay float32), and layers
@@ -178,7 +179,7 @@ def for_generation(model: Transformer, params: Any) -> tuple[Transformer, Any]:
   """
   config = model.config
   if config.scan_layers:
-    params = _unstack(config, params)
+    variables = _unstack(config, variables)
     config = dataclasses.replace(config, scan_layers=False)
     model = model.clone(config=config)
 
@@ -187,7 +188,7 @@ def for_generation(model: Transformer, params: Any) -> tuple[Transformer, Any]:
       x if "router" in jax.tree_util.keystr(path) else x.astype(config.dtype)
     )
 
-  return model, jax.tree_util.tree_map_with_path(cast, params)
+  return model, jax.tree_util.tree_map_with_path(cast, variables)
 
 
 _unstack = jax.jit(unstack_repeats, static_argnums=0)
@@ -237,7 +238,7 @@ def main(argv: list[str]) -> int:
   print(f"[{args.workdir}, step {run.step}]", file=sys.stderr)
   stream = _Stream(run.tokenizer, prompts) if len(prompts) == 1 else None
   texts = generate(
-    run.model, run.params, run.tokenizer, prompts, args.max_tokens, sampling,
+    run.model, run.variables, run.tokenizer, prompts, args.max_tokens, sampling,
     args.seed, on_tokens=stream,
   )  # fmt: skip
   if stream:

@@ -27,9 +27,10 @@ from moejax.files import write_atomically
 from moejax.hardware import keep_freed_memory
 from moejax.models import (
   Transformer,
+  Variables,
   build,
   count,
-  init_params,
+  init_variables,
   train_flops_per_token,
 )
 from moejax.routing import home_of, resolve
@@ -46,7 +47,7 @@ class Run:
 
   config: Config
   model: Transformer
-  params: Any
+  variables: Variables
   tokenizer: Tokenizer
   step: int
 
@@ -67,9 +68,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
   config = read_config(workdir)
   model = build(config.model)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
-  restored = checkpoints.restore_params(
-    {"params": abstract_params(model)}, step
-  )
+  restored = checkpoints.restore_params(abstract_variables(model), step)
   tokenizer = load_tokenizer(Path(workdir))
   if restored.meta["tokenizer"] != tokenizer.digest:
     raise CheckpointError(
@@ -77,7 +76,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
       f"one step {restored.step} was trained with "
       f"({restored.meta['tokenizer'][:12]}); put that file back"
     )
-  return Run(config, model, restored.state["params"], tokenizer, restored.step)
+  return Run(config, model, restored.state, tokenizer, restored.step)
 
 
 def open_checkpoints(
@@ -87,10 +86,10 @@ def open_checkpoints(
   return Checkpointer(checkpoint_folder(workdir), c.keep_last, c.keep_every)
 
 
-def abstract_params(model: Transformer) -> Any:
-  """Shapes, dtypes and (one-device) shardings of the parameters."""
+def abstract_variables(model: Transformer) -> Variables:
+  """Shapes, dtypes and (one-device) shardings of a model's variables."""
   return on_device(
-    jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
   )
 
 

@@ -12,7 +12,7 @@ import optax
 
 from moejax import losses
 from moejax.config import Config
-from moejax.models import Rows, Transformer, init_params
+from moejax.models import Rows, Transformer, Variables, init_variables
 from moejax.optimizer import make_optimizer, make_schedule
 from moejax.routing import RouterStats
 
@@ -41,6 +41,11 @@ class TrainState:
   router_state: Any
   rng: Array
 
+  @property
+  def variables(self) -> Variables:
+    """What the model is applied with."""
+    return {"params": self.params}
+
 
 def device_batch(batch: dict[str, np.ndarray]) -> Batch:
   """What a step computes with, on the device."""
@@ -50,7 +55,7 @@ def device_batch(batch: dict[str, np.ndarray]) -> Batch:
 def init_state(config: Config, model: Transformer) -> TrainState:
   """A fresh state from the config's seed."""
   params_key, rng = jax.random.split(jax.random.key(config.seed))
-  params = init_params(model, params_key)
+  params = init_variables(model, params_key)["params"]
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -75,7 +80,8 @@ def make_train_step(
 
   def train_step(state, batch):
     def loss_fn(params):
-      sums, stats = batch_sums(config, model, params, batch, step_rng(state))
+      variables = state.replace(params=params).variables
+      sums, stats = batch_sums(config, model, variables, batch, step_rng(state))
       loss, terms = losses.total_loss(config.loss, sums, stats)
       return loss, (terms, sums, stats)
 
@@ -104,7 +110,7 @@ def make_train_step(
 def batch_sums(
   config: Config,
   model: Transformer,
-  params: Any,
+  variables: Variables,
   batch: Batch,
   rng: Array | None,
 ) -> tuple[losses.LossSums, RouterStats | None]:
@@ -126,7 +132,7 @@ def batch_sums(
   if rng is not None:
     rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(B))
   forward = lambda micro, keys: _forward_sums(
-    config, model, params, micro, keys
+    config, model, variables, micro, keys
   )
   M = config.train.accumulation_steps
   if M == 1:
@@ -141,11 +147,11 @@ def batch_sums(
   return sums, jax.tree.map(join, stats)
 
 
-def _forward_sums(config, model, params, batch, rng_B):
+def _forward_sums(config, model, variables, batch, rng_B):
   """Sums of one microbatch."""
   rows = Rows(batch["segment_ids"], batch["positions"], rng_B)
-  output = model.apply({"params": params}, batch["tokens"], rows)
-  table_VD = model.apply({"params": params}, method="output_table")
+  output = model.apply(variables, batch["tokens"], rows)
+  table_VD = model.apply(variables, method="output_table")
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   sums = losses.next_token_sums(
     flat(output.hidden_BTD),
@@ -161,10 +167,10 @@ def _forward_sums(config, model, params, batch, rng_B):
 def make_eval_step(
   config: Config, model: Transformer
 ) -> Callable[[Any, Batch], tuple[losses.LossSums, RouterStats | None]]:
-  """`(params, batch) -> sums`: no routing noise, no gradient."""
+  """`(variables, batch) -> sums`: no routing noise, no gradient."""
 
-  def eval_step(params, batch):
-    return _forward_sums(config, model, params, batch, None)
+  def eval_step(variables, batch):
+    return _forward_sums(config, model, variables, batch, None)
 
   return eval_step
 

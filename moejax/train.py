@@ -253,7 +253,7 @@ class Loop:
       return
     with self._timed("evaluation"):
       values = evaluate(
-        config, self.model, self.state.params, self.stores, self.tokenizer
+        config, self.model, self.state.variables, self.stores, self.tokenizer
       )
       self.log.evaluation(self.step, values)
       self.progress.message(
@@ -266,7 +266,7 @@ class Loop:
   def _sample(self) -> None:
     prompt = self.config.eval.sample_prompt
     (text,) = generate(
-      self.model, self.state.params, self.tokenizer, [prompt],
+      self.model, self.state.variables, self.tokenizer, [prompt],
       self.config.eval.sample_tokens, DEFAULT_SAMPLING,
     )  # fmt: skip
     self.log.sample(self.step, prompt, text)

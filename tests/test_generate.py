@@ -12,7 +12,7 @@ from moejax.config import ModelConfig, MoEConfig
 from moejax.data.tokenizer import load_tokenizer
 from moejax.errors import ConfigError
 from moejax.generate import generate, generate_tokens, prompt_tokens
-from moejax.models import Rows, build, init_params
+from moejax.models import Rows, build, init_variables
 from moejax.sampling import Sampling, next_tokens
 
 CONFIG = ModelConfig(
@@ -25,17 +25,17 @@ PROMPTS = [[5, 6, 7], [9], list(range(40, 52))]
 
 
 @pytest.fixture(scope="module")
-def model_and_params():
+def model_and_variables():
   model = build(CONFIG)
-  return model, init_params(model, jax.random.key(1))
+  return model, init_variables(model, jax.random.key(1))
 
 
-def greedy_by_hand(model, params, prompt, n):
+def greedy_by_hand(model, variables, prompt, n):
   """Each token from a full forward pass over all before it."""
   forward = jax.jit(
     lambda tokens, rows: model.apply(
-      {"params": params},
-      model.apply({"params": params}, tokens, rows).hidden_BTD,
+      variables,
+      model.apply(variables, tokens, rows).hidden_BTD,
       method="logits",
     )
   )
@@ -50,21 +50,21 @@ def greedy_by_hand(model, params, prompt, n):
   return tokens[len(prompt) :]
 
 
-def test_greedy_in_a_batch_equals_full_forward_passes(model_and_params):
-  model, params = model_and_params
-  got = generate_tokens(model, params, PROMPTS, 9, Sampling(), KEY)
-  want = [greedy_by_hand(model, params, p, 9) for p in PROMPTS]
+def test_greedy_in_a_batch_equals_full_forward_passes(model_and_variables):
+  model, variables = model_and_variables
+  got = generate_tokens(model, variables, PROMPTS, 9, Sampling(), KEY)
+  want = [greedy_by_hand(model, variables, p, 9) for p in PROMPTS]
   assert got == want
 
 
-def test_stop_tokens_end_a_row_and_not_its_neighbours(model_and_params):
-  model, params = model_and_params
-  free = generate_tokens(model, params, PROMPTS, 9, Sampling(), KEY)
+def test_stop_tokens_end_a_row_and_not_its_neighbours(model_and_variables):
+  model, variables = model_and_variables
+  free = generate_tokens(model, variables, PROMPTS, 9, Sampling(), KEY)
   stop = free[0][4]
   first = free[0].index(stop)
   seen = []
   got = generate_tokens(
-    model, params, PROMPTS, 9, Sampling(), KEY, stop_ids=[stop],
+    model, variables, PROMPTS, 9, Sampling(), KEY, stop_ids=[stop],
     on_tokens=seen.append,
   )  # fmt: skip
   for row, whole in zip(got, free, strict=True):
@@ -73,14 +73,14 @@ def test_stop_tokens_end_a_row_and_not_its_neighbours(model_and_params):
   assert [step[0] for step in seen][: first + 1] == [*free[0][:first], None]
 
 
-def test_a_rows_draws_do_not_depend_on_its_neighbours(model_and_params):
-  model, params = model_and_params
+def test_a_rows_draws_do_not_depend_on_its_neighbours(model_and_variables):
+  model, variables = model_and_variables
   sampling = Sampling(temperature=1.0)
-  together = generate_tokens(model, params, PROMPTS, 6, sampling, KEY)
-  alone = generate_tokens(model, params, PROMPTS[:1], 6, sampling, KEY)
+  together = generate_tokens(model, variables, PROMPTS, 6, sampling, KEY)
+  alone = generate_tokens(model, variables, PROMPTS[:1], 6, sampling, KEY)
   assert together[0] == alone[0]
   other = generate_tokens(
-    model, params, PROMPTS, 6, sampling, jax.random.key(9)
+    model, variables, PROMPTS, 6, sampling, jax.random.key(9)
   )
   assert other != together
 
@@ -131,18 +131,18 @@ def test_impossible_sampling_is_refused(options, message):
     Sampling(**options)
 
 
-def test_bad_prompts_are_refused(model_and_params):
-  model, params = model_and_params
+def test_bad_prompts_are_refused(model_and_variables):
+  model, variables = model_and_variables
   with pytest.raises(ConfigError, match="token id 300 is beyond"):
-    generate_tokens(model, params, [[300]], 1, Sampling(), KEY)
+    generate_tokens(model, variables, [[300]], 1, Sampling(), KEY)
   with pytest.raises(ConfigError, match="empty prompt"):
-    generate_tokens(model, params, [[]], 1, Sampling(), KEY)
+    generate_tokens(model, variables, [[]], 1, Sampling(), KEY)
 
 
-def test_a_cache_beyond_the_memory_is_refused(model_and_params):
-  model, params = model_and_params
+def test_a_cache_beyond_the_memory_is_refused(model_and_variables):
+  model, variables = model_and_variables
   with pytest.raises(ConfigError, match="TiB, this machine has .*fewer tokens"):
-    generate_tokens(model, params, [[1]], 10**11, Sampling(), KEY)
+    generate_tokens(model, variables, [[1]], 10**11, Sampling(), KEY)
 
 
 def test_bytes_that_are_no_text_become_a_replacement_sign():
@@ -164,9 +164,9 @@ def test_a_router_that_looks_ahead_is_refused(tmp_path, monkeypatch):
     generate_tokens(model, {}, [[1]], 1, Sampling(), KEY)
 
 
-def test_text_in_text_out(model_and_params):
-  model, params = model_and_params
+def test_text_in_text_out(model_and_variables):
+  model, variables = model_and_variables
   tokenizer = load_tokenizer("byte")
-  texts = generate(model, params, tokenizer, ["", "héllo"], 5)
+  texts = generate(model, variables, tokenizer, ["", "héllo"], 5)
   assert len(texts) == 2
   assert all(isinstance(text, str) for text in texts)

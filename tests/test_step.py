@@ -68,19 +68,19 @@ def gradients(config):
   """Values of TERMS and the gradient of each alone."""
   model = build(config.model)
 
-  def terms(params):
+  def terms(variables):
     sums, stats = batch_sums(
-      config, model, params, make_batch(), jax.random.key(7)
+      config, model, variables, make_batch(), jax.random.key(7)
     )
     _, terms = losses.total_loss(config.loss, sums, stats)
     return jnp.stack([terms[name] for name in TERMS])
 
   @jax.jit
-  def values_and_gradients(params):
-    values, pull = jax.vjp(terms, params)
+  def values_and_gradients(variables):
+    values, pull = jax.vjp(terms, variables)
     return values, [pull(row)[0] for row in jnp.eye(len(TERMS))]
 
-  return values_and_gradients(base_state().params)
+  return values_and_gradients(base_state().variables)
 
 
 HOW = [

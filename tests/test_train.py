@@ -269,7 +269,7 @@ def test_diverged_parameters_are_never_saved(place):
   assert "in a new --workdir" in done.stderr.splitlines()[-1]
   reader = CheckpointReader(place / "diverged" / "checkpoints")
   model = build(parse_config(str(place / "config.py"), []).model)
-  abstract = {"params": runs.abstract_params(model)}
+  abstract = runs.abstract_variables(model)
   for step in reader.steps():
     params = reader.restore_params(abstract, step).state["params"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), step

@@ -3,7 +3,7 @@
 
 from moejax.convert import load_hf
 
-config, params = load_hf("path/to/OLMoE-1B-7B")
+config, variables = load_hf("path/to/OLMoE-1B-7B")
 model = moejax.models.build(config)
 """
 

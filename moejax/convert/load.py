@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A hub's folder as a `ModelConfig` and a parameter tree."""
+"""A hub's folder as a `ModelConfig` and a model's variables."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def load_hf(
     dtype: that the model computes in; the weights keep theirs.
 
   Returns:
-    The config (`scan_layers=False`) and the tree of `Transformer`.
+    The config (`scan_layers=False`) and the variables of its `Transformer`.
 
   Raises:
     DataError: a missing or damaged file, an architecture or option that is not
@@ -67,14 +67,14 @@ def load_hf(
   rules = list(family.rules(config))
   with open_tensors(folder) as tensors:
     check_tensors(rules, tensors)
-    params: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     with progress_bar("reading tensors", len(rules)) as bar:
       for rule in rules:
         found = [tensors.read(name) for name in rule.names]
         for path, leaf in zip(rule.paths, rule.load(found), strict=True):
-          put(params, path, leaf)
+          put(variables, path, leaf)
         bar.advance()
-  return config, params
+  return config, variables
 
 
 def read_hub_config(

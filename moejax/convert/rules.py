@@ -2,8 +2,8 @@
 """How tensors of a Hugging Face checkpoint become leaves of ours, and back.
 
 A family is a list of rules. Each names the hub's tensors with their shapes, our
-leaves (paths in the tree of `scan_layers=False`), and the two directions. Both
-are permutations and cuts, never arithmetic, so a round trip is exact.
+leaves (paths in the variables of `scan_layers=False`), and the two directions.
+Both are permutations and cuts, never arithmetic, so a round trip is exact.
 """
 
 import dataclasses
@@ -121,16 +121,16 @@ def tables(
 ) -> Iterable[Rule]:
   """Input table, last norm, and the output table if it is not the first."""
   V, D = config.vocab_size, config.d_model
-  yield same(embed, (V, D), ("w_embed_VD",))
-  yield same(norm, (D,), ("final_norm", "scale"))
+  yield same(embed, (V, D), ("params", "w_embed_VD"))
+  yield same(norm, (D,), ("params", "final_norm", "scale"))
   if not config.tie_embeddings:
-    yield same(head, (V, D), ("w_output_VD",))
+    yield same(head, (V, D), ("params", "w_output_VD"))
 
 
 def layer_path(config: ModelConfig, layer: int) -> Path:
-  """Where layer `layer` of the stack lies in the tree of layers apart."""
+  """Where layer `layer` of the stack lies in the variables, layers apart."""
   prefix = len(config.prefix)
   if layer < prefix:
-    return (f"prefix_{layer}",)
+    return "params", f"prefix_{layer}"
   repeat, block = divmod(layer - prefix, len(config.pattern))
-  return f"repeats_{repeat}", f"block_{block}"
+  return "params", f"repeats_{repeat}", f"block_{block}"

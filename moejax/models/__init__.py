@@ -13,13 +13,15 @@ from moejax.models.rows import KVCache, Rows
 from moejax.models.transformer import (
   ModelOutput,
   Transformer,
+  Variables,
   build,
-  init_params,
+  init_variables,
   unstack_repeats,
 )
 
 __all__ = [
-  "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "build", "count",
-  "count_parts", "dtype_bytes", "init_params", "kv_bytes_per_token",
+  "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "Variables",
+  "build", "count",
+  "count_parts", "dtype_bytes", "init_variables", "kv_bytes_per_token",
   "train_flops_per_token", "unstack_repeats",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from moejax.ops import grouped_matmul as matmul_ops
 from moejax.routing import RouterStats
 
 Array = jax.Array
+Variables = dict[str, Any]  # what `Transformer.apply` takes: "params", ...
 
 REMAT_POLICIES = {
   "full": None,
@@ -45,7 +46,7 @@ class ModelOutput:
 class Transformer(nn.Module):
   """`prefix` layers, then `pattern` repeated, as the config says.
 
-  Pure functions of a parameter tree:
+  Pure functions of its variables, a tree of parameters under "params":
     variables = model.init(key, tokens_BT, rows)
     output = model.apply(variables, tokens_BT, rows)
     logits_BTV = model.apply(variables, output.hidden_BTD, method="logits")
@@ -159,22 +160,28 @@ def describe_backends(model: Transformer, seq_len: int) -> list[str]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def init_params(model: Transformer, key: Array) -> Any:
-  """The float32 parameter tree, unboxed; one program, also when called bare."""
+def init_variables(model: Transformer, key: Array) -> Variables:
+  """Float32 variables, unboxed; one program, also when called bare."""
   tokens_BT = jnp.zeros((1, 8), jnp.int32)
   rows = Rows(jnp.ones((1, 8), jnp.int32), jnp.arange(8)[None])
-  return nn.unbox(model.init(key, tokens_BT, rows)["params"])
+  return nn.unbox(model.init(key, tokens_BT, rows))
 
 
-def unstack_repeats(config: ModelConfig, params: Any) -> Any:
-  """The tree of `scan_layers=False` from that of `scan_layers=True`.
+def unstack_repeats(config: ModelConfig, variables: Variables) -> Variables:
+  """The variables of `scan_layers=False` from those of `scan_layers=True`.
 
   Scanned repeats are one stacked subtree `repeats`; unscanned ones are
   `repeats_0`, `repeats_1`, ...
   """
-  rest = {k: v for k, v in params.items() if k != "repeats"}
-  for r in range(config.num_repeats):
-    rest[f"repeats_{r}"] = jax.tree.map(lambda x, r=r: x[r], params["repeats"])
+  return {
+    name: _unstack(config.num_repeats, tree) for name, tree in variables.items()
+  }
+
+
+def _unstack(num_repeats: int, tree: Any) -> Any:
+  rest = {k: v for k, v in tree.items() if k != "repeats"}
+  for r in range(num_repeats):
+    rest[f"repeats_{r}"] = jax.tree.map(lambda x, r=r: x[r], tree["repeats"])
   return rest
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.generate import generate_tokens
-from moejax.models import Rows, build, init_params
+from moejax.models import Rows, build, init_variables
 from moejax.sampling import Sampling
 from tests.convert import families as hf
 
@@ -43,9 +43,9 @@ def reference(family):
 @EACH
 def test_the_rules_make_the_models_own_tree(family):
   model = build(family.config)
-  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  variables = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
   tree = to_tree(family, hf.tensors(family))
-  assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, params)
+  assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, variables)
 
 
 @EACH
@@ -71,12 +71,12 @@ def test_logits_and_gradients(family, dispatch):
   rows = Rows(jnp.ones((hf.B, hf.T), jnp.int32), positions)
 
   @jax.jit
-  def logits_and_gradients(params):
-    def logits(params):
-      out = model.apply({"params": params}, jnp.asarray(tokens), rows)
-      return model.apply({"params": params}, out.hidden_BTD, method="logits")
+  def logits_and_gradients(variables):
+    def logits(variables):
+      out = model.apply(variables, jnp.asarray(tokens), rows)
+      return model.apply(variables, out.hidden_BTD, method="logits")
 
-    value, pull = jax.vjp(logits, params)
+    value, pull = jax.vjp(logits, variables)
     return value, pull(jnp.asarray(cotangent))[0]
 
   logits, grads = logits_and_gradients(to_tree(family, hf.tensors(family)))
@@ -113,7 +113,8 @@ def test_greedy_tokens_with_a_cache(family):
 def test_scanned_layers_are_the_same(family):
   apart = family.config
   scanned = dataclasses.replace(apart, scan_layers=True)
-  params = to_tree(family, hf.tensors(family))
+  variables = to_tree(family, hf.tensors(family))
+  params = variables["params"]
   repeats = [params[f"repeats_{r}"] for r in range(apart.num_repeats)]
   stacked = {k: v for k, v in params.items() if not k.startswith("repeats")}
   stacked["repeats"] = jax.tree.map(lambda *xs: jnp.stack(xs), *repeats)
@@ -122,8 +123,8 @@ def test_scanned_layers_are_the_same(family):
     jnp.ones((hf.B, hf.T), jnp.int32), jnp.tile(jnp.arange(hf.T), (hf.B, 1))
   )
   one, two = (
-    jax.jit(build(config).apply)({"params": p}, jnp.asarray(tokens), rows)
-    for config, p in ((apart, params), (scanned, stacked))
+    jax.jit(build(config).apply)(p, jnp.asarray(tokens), rows)
+    for config, p in ((apart, variables), (scanned, {"params": stacked}))
   )
   assert relative_error(two.hidden_BTD, one.hidden_BTD) < 1e-6
   for x, y in zip(jax.tree.leaves(one.stats), jax.tree.leaves(two.stats)):

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from moejax.convert import load_hf
 from moejax.convert.hub_config import stack
 from moejax.errors import DataError
-from moejax.models import build, init_params
+from moejax.models import build, init_variables
 from tests.convert import families as hf
 
 EACH = pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
@@ -41,19 +41,21 @@ def write(folder, family, tensors=None, shards=1, **changes):
 
 @EACH
 def test_config_and_tree_are_those_of_the_model(family, tmp_path):
-  config, params = load_hf(write(tmp_path, family), dtype="float32")
+  config, variables = load_hf(write(tmp_path, family), dtype="float32")
   assert config == family.config
-  shapes = jax.eval_shape(lambda: init_params(build(config), jax.random.key(0)))
-  assert jax.tree.map(np.shape, params) == jax.tree.map(jnp.shape, shapes)
+  shapes = jax.eval_shape(
+    lambda: init_variables(build(config), jax.random.key(0))
+  )
+  assert jax.tree.map(np.shape, variables) == jax.tree.map(jnp.shape, shapes)
 
 
 def test_shards_and_bfloat16(tmp_path):
   whole = {
     name: x.astype(ml_dtypes.bfloat16) for name, x in hf.tensors(OLMOE).items()
   }
-  config, params = load_hf(write(tmp_path, OLMOE, whole, shards=3))
+  config, variables = load_hf(write(tmp_path, OLMOE, whole, shards=3))
   assert config.dtype == "bfloat16"
-  leaf = params["repeats_1"]["block_0"]["moe"]["w_up_EDF"]
+  leaf = variables["params"]["repeats_1"]["block_0"]["moe"]["w_up_EDF"]
   assert leaf.dtype == ml_dtypes.bfloat16
   want = whole["model.layers.1.mlp.experts.4.up_proj.weight"].T
   np.testing.assert_array_equal(leaf[4], want)

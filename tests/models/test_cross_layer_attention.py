@@ -17,7 +17,7 @@ from moejax.config import ModelConfig, MoEConfig
 from moejax.convert.hunyuan import hunyuan
 from moejax.errors import ConfigError
 from moejax.generate import generate_tokens
-from moejax.models import KVCache, Rows, build, init_params
+from moejax.models import KVCache, Rows, build, init_variables
 from moejax.sampling import Sampling
 
 L, D, N, K, H, E, F, V = 4, 24, 6, 2, 10, 5, 14, 37
@@ -125,15 +125,15 @@ def tensors():
 def test_logits_against_numpy(tensors, tokens_BT):
   exact = {name: x.astype(np.float64) for name, x in tensors.items()}
   want = np.stack([logits_of_row(exact, row) for row in tokens_BT])
-  model, params = build(CONFIG), to_tree(tensors)
+  model, variables = build(CONFIG), to_tree(tensors)
   rows = Rows(jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)))
 
   @jax.jit
-  def logits(params):
-    out = model.apply({"params": params}, jnp.asarray(tokens_BT), rows)
-    return model.apply({"params": params}, out.hidden_BTD, method="logits")
+  def logits(variables):
+    out = model.apply(variables, jnp.asarray(tokens_BT), rows)
+    return model.apply(variables, out.hidden_BTD, method="logits")
 
-  got = np.asarray(logits(params), np.float64)
+  got = np.asarray(logits(variables), np.float64)
   assert np.abs(got - want).max() / np.abs(want).max() < 3e-6
 
 
@@ -154,10 +154,10 @@ def test_greedy_tokens_with_half_the_cache(tensors, tokens_BT):
 
 
 def test_gains_of_the_shared_keys_are_each_layers_own():
-  params = init_params(build(CONFIG), jax.random.key(0))
+  variables = init_variables(build(CONFIG), jax.random.key(0))
   for r in range(L // 2):
     for block in ("block_0", "block_1"):
-      attention = params[f"repeats_{r}"][block]["attention"]
+      attention = variables["params"][f"repeats_{r}"][block]["attention"]
       assert attention["k_norm"].shape == (H,)
       assert ("w_k_DKH" in attention) == (block == "block_0")
 

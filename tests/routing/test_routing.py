@@ -7,7 +7,7 @@ import pytest
 
 from moejax.config import ModelConfig, MoEConfig
 from moejax.errors import ConfigError
-from moejax.models import build, init_params
+from moejax.models import build, init_variables
 from moejax.routing import Routing, resolve
 from moejax.spec import Spec
 
@@ -54,7 +54,7 @@ def test_a_wrong_result_is_one_line(router, message):
     ),
   )  # fmt: skip
   with pytest.raises(ConfigError, match=message):
-    init_params(build(config), jax.random.key(0))
+    init_variables(build(config), jax.random.key(0))
 
 
 def test_an_unknown_option_is_named_before_a_missing_one():
