@@ -40,6 +40,10 @@ class Spec:
         ) from None
     return cls(_dotted(call.func, text), kwargs)
 
+  def __str__(self) -> str:
+    options = ", ".join(f"{k}={v!r}" for k, v in self.kwargs.items())
+    return f"{self.name}({options})"
+
 
 def _dotted(node: ast.expr, text: str) -> str:
   if isinstance(node, ast.Name):

@@ -16,6 +16,10 @@ checkpoint or a folder that says itself that it is none.
 
 from moejax.checkpoint.leaves import state_digest
 from moejax.checkpoint.reader import CheckpointReader, Restored
+from moejax.checkpoint.streaming import LeafReader, StepWriter
 from moejax.checkpoint.writer import Checkpointer
 
-__all__ = ["CheckpointReader", "Checkpointer", "Restored", "state_digest"]
+__all__ = [
+  "CheckpointReader", "Checkpointer", "LeafReader", "Restored", "StepWriter",
+  "state_digest",
+]  # fmt: skip

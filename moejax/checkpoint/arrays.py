@@ -5,16 +5,21 @@ Each top-level key of a state is an item with a folder of its own, so that
 parameters can be read, and their digests checked, without the optimizer's part.
 """
 
+import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from moejax.checkpoint import leaves, processes
 
 # The name of a leaf that is itself a top-level key.
 ALONE = "value"
+# A leaf is cut into pieces of about this size, whole entries of its first axis.
+CHUNK_BYTES = 64 << 20
 
 
 def load_orbax() -> None:
@@ -91,6 +96,74 @@ def restore(folder: epath.Path, abstract: Any) -> Any:
     _get(restored, name.split("/")) for name in leaves.named_leaves(abstract)
   ]
   return jax.tree.unflatten(jax.tree.structure(abstract), flat)
+
+
+def write_skeleton(folder: epath.Path, names: Iterable[str]) -> None:
+  """Orbax's tree of these leaves, each a placeholder for `write_leaf`."""
+  import orbax.checkpoint as ocp
+
+  tree: dict[str, Any] = {}
+  for name in names:
+    *parents, last = _keys(name.split("/"))
+    node = tree
+    for key in parents:
+      node = node.setdefault(key, {})
+    node[last] = np.zeros(1, np.float32)
+  handlers = {
+    item: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    for item in tree
+  }
+  args = {item: ocp.args.PyTreeSave(node) for item, node in tree.items()}
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.ERROR)  # it warns that there is nothing to merge
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as writer:
+      writer.save(folder, ocp.args.Composite(**args))
+  finally:
+    logger.setLevel(level)
+
+
+def write_leaf(folder: epath.Path, name: str, array: np.ndarray) -> epath.Path:
+  """Puts a leaf in its placeholder's place; returns the leaf's folder."""
+  import tensorstore as ts
+
+  item, *path = _keys(name.split("/"))
+  target = folder / item / ".".join(path)
+  row = max(1, array.nbytes // max(1, len(array)))
+  rows = min(len(array), max(1, CHUNK_BYTES // row))
+  store = ts.open(
+    {
+      "driver": "zarr",
+      "kvstore": {"driver": "file", "path": f"{os.fspath(target)}/"},
+      "metadata": {
+        "chunks": [rows, *array.shape[1:]],
+        "compressor": None,
+        "dimension_separator": ".",
+      },
+      # Orbax takes a chunk that is not there for a damaged one.
+      "store_data_equal_to_fill_value": True,
+    },
+    create=True, delete_existing=True, dtype=array.dtype, shape=array.shape,
+  ).result()  # fmt: skip
+  store.write(array, can_reference_source_data_indefinitely=True).result()
+  return target
+
+
+def read_leaf(
+  folder: epath.Path, name: str, index: int | None = None
+) -> np.ndarray:
+  """A leaf of an item, or one entry of its first axis."""
+  import tensorstore as ts
+
+  item, *path = _keys(name.split("/"))
+  base = f"{os.fspath(folder / item)}/"
+  kvstore: dict[str, Any] = {"driver": "file", "path": base}
+  if (folder / item / "manifest.ocdbt").exists():
+    kvstore = {"driver": "ocdbt", "base": kvstore}
+  inside = {"driver": "zarr", "kvstore": kvstore, "path": ".".join(path)}
+  store = ts.open(inside, open=True, read=True).result()
+  return (store if index is None else store[index]).read().result()
 
 
 def _to_items(state: Any) -> dict[str, Any]:

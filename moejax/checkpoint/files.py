@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Sequence
 
@@ -110,3 +111,21 @@ def free_bytes(folder: epath.Path) -> int | None:
     return shutil.disk_usage(folder).free
   except OSError:
     return None
+
+
+def reason(error: BaseException) -> str:
+  """What a person needs of it; TensorStore's texts run to pages."""
+  text = " ".join(str(error).split())
+  system = re.search(r"os_error_code='(\d+)'", text)
+  if system:
+    return os.strerror(int(system[1]))
+  return f"{type(error).__name__}: {text[:400]}"
+
+
+def size_text(n: int) -> str:
+  """Bytes for people: 1.5 MB."""
+  for unit in ("bytes", "kB", "MB", "GB"):
+    if n < 1000:
+      return f"{n} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+    n /= 1000
+  return f"{n:.1f} TB"

@@ -3,11 +3,13 @@
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import CheckpointError
@@ -21,6 +23,10 @@ class Leaf:
 
   shape: tuple[int, ...]
   dtype: str
+
+  @property
+  def num_bytes(self) -> int:
+    return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
   def __str__(self) -> str:
     return f"{self.dtype}[{','.join(map(str, self.shape))}]"
@@ -65,6 +71,23 @@ def describe(tree: Any) -> dict[str, Leaf]:
     name: Leaf(tuple(leaf.shape), str(leaf.dtype))
     for name, leaf in named_leaves(tree).items()
   }
+
+
+def as_stored(abstract: Any, stored: Mapping[str, Leaf]) -> Any:
+  """The tree with the dtypes of `stored` where both are floating-point."""
+  floating = lambda dtype: jnp.issubdtype(dtype, jnp.floating)
+
+  def change(name: str, leaf: Any) -> Any:
+    if name not in stored or not floating(leaf.dtype):
+      return leaf
+    dtype = jnp.dtype(stored[name].dtype)
+    if not floating(dtype):
+      return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
+
+  named = named_leaves(abstract)
+  changed = [change(name, leaf) for name, leaf in named.items()]
+  return jax.tree.unflatten(jax.tree.structure(abstract), changed)
 
 
 def item_of(name: str) -> str:

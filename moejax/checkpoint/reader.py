@@ -5,13 +5,14 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
 
 from moejax.checkpoint import arrays, layout, leaves, processes
 from moejax.checkpoint.manifest import ARRAYS, META, Damage, Manifest
+from moejax.checkpoint.streaming import LeafReader
 from moejax.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -92,19 +93,40 @@ class CheckpointReader:
     """Reads only some top-level keys of a state, such as `{"params": ...}`.
 
     The files of other keys, such as the optimizer's, are neither read nor
-    checked. Arguments and errors are those of `restore`.
+    checked, and floating-point leaves come in the dtype they are stored in.
+    Other arguments and errors are those of `restore`.
     """
     return self._restore(abstract_part, step, whole=False)
 
+  def open_leaves(
+    self, items: Collection[str], step: int | None = None
+  ) -> tuple[int, dict[str, Any], LeafReader]:
+    """The newest intact step, or `step`, to be read leaf by leaf.
+
+    Args:
+      items: top-level keys whose files are checked.
+      step: None takes the newest intact one.
+
+    Returns:
+      The step, its JSON and its leaves.
+
+    Raises:
+      CheckpointError: as `restore`.
+    """
+    found, manifest = self._find(step, lambda m, f: m.check(f, set(items)))
+    reader = LeafReader(self._folder(found), manifest)
+    return found, self._read_meta(found, manifest), reader
+
   def _restore(self, abstract: Any, step: int | None, whole: bool) -> Restored:
-    wanted = leaves.describe(abstract)
+    items = {leaves.item_of(name) for name in leaves.named_leaves(abstract)}
     _require_shardings(abstract)
-    items = {leaves.item_of(name) for name in wanted}
 
     def check(manifest: Manifest, folder: epath.Path) -> None:
       stored = manifest.leaves
+      wanted = leaves.describe(abstract)
       if not whole:
         stored = {k: v for k, v in stored.items() if leaves.item_of(k) in items}
+        wanted = leaves.describe(leaves.as_stored(abstract, stored))
       # Before the files are read: a misfit needs no minutes of hashing.
       leaves.compare(wanted, stored, f"checkpoint {folder}")
       part = processes.index_and_count()
@@ -114,6 +136,8 @@ class CheckpointReader:
       found, manifest = self._find(step, check)
       try:
         meta = self._read_meta(found, manifest)
+        if not whole:
+          abstract = leaves.as_stored(abstract, manifest.leaves)
         state = arrays.restore(self._folder(found) / ARRAYS, abstract)
       except Exception as e:
         # A run may have retired the step meanwhile; it has a newer one then.

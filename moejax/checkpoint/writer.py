@@ -5,7 +5,6 @@ import json
 import logging
 import operator
 import os
-import re
 import threading
 from collections.abc import Mapping
 from typing import Any, Self
@@ -215,10 +214,12 @@ class Checkpointer(CheckpointReader):
       except OSError as e:
         leftovers = f"; its unfinished folder could not be removed: {e}"
     free = files.free_bytes(self.directory)
-    space = "" if free is None else f", {_size(free)} are free on its disk"
+    space = (
+      "" if free is None else f", {files.size_text(free)} are free on its disk"
+    )
     message = (
-      f"saving step {step} to {self.directory} failed: {_reason(cause)}; it "
-      f"needs about {_size(needed)}{space}{leftovers}"
+      f"saving step {step} to {self.directory} failed: {files.reason(cause)}; "
+      f"it needs about {files.size_text(needed)}{space}{leftovers}"
     )
     error = CheckpointError(message)
     error.__cause__ = cause
@@ -294,21 +295,3 @@ def _to_json(meta: Mapping[str, Any]) -> str:
   except (TypeError, ValueError) as e:
     raise CheckpointError(f"the checkpoint's meta is not JSON: {e}") from e
   return text + "\n"
-
-
-def _reason(error: BaseException) -> str:
-  """What a person needs of it; TensorStore's texts run to pages."""
-  text = " ".join(str(error).split())
-  system = re.search(r"os_error_code='(\d+)'", text)
-  if system:
-    return os.strerror(int(system[1]))
-  return f"{type(error).__name__}: {text[:400]}"
-
-
-def _size(n: int) -> str:
-  """Bytes for people: 1.5 MB."""
-  for unit in ("bytes", "kB", "MB", "GB"):
-    if n < 1000:
-      return f"{n} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-    n /= 1000
-  return f"{n:.1f} TB"
