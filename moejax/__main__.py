@@ -13,6 +13,10 @@ COMMANDS = {
   "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
   "generate": ("moejax.generate", "let a checkpoint write text"),
   "describe": ("moejax.describe", "sizes, FLOPs and memory of a config"),
+  "convert": (
+    "moejax.convert.command",
+    "Hugging Face checkpoints to runs and back",
+  ),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }

@@ -69,7 +69,7 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
   model = build(config.model)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
   restored = checkpoints.restore_params(abstract_variables(model), step)
-  tokenizer = load_tokenizer(Path(workdir))
+  tokenizer = read_tokenizer(workdir)
   if restored.meta["tokenizer"] != tokenizer.digest:
     raise CheckpointError(
       f"the tokenizer in {workdir} (sha256 {tokenizer.digest[:12]}) is not the "
@@ -77,6 +77,11 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
       f"({restored.meta['tokenizer'][:12]}); put that file back"
     )
   return Run(config, model, restored.state, tokenizer, restored.step)
+
+
+def read_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
+  """The tokenizer in the folder of a run."""
+  return load_tokenizer(Path(workdir))
 
 
 def open_checkpoints(

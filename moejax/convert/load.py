@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hub's folder as a `ModelConfig` and a model's variables."""
 
-import contextlib
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moejax.config import Config, ModelConfig
-from moejax.convert import dbrx, hub_models, hunyuan, jetmoe, llama
+from moejax.convert import dbrx, hub_export, hub_models, hunyuan, jetmoe, llama
 from moejax.convert.hub_config import HubConfig
+from moejax.convert.hub_files import check_tensors, open_tensors, read_json
 from moejax.convert.rules import Rule
 from moejax.errors import DataError
 from moejax.progress import progress_bar
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,33 +21,58 @@ class Family:
 
   Attributes:
     read_config: config.json -> options of `ModelConfig`.
+    write_config: the way back.
     rules: the tensors of a model of that config.
+    model_class: transformers' name; empty if it has none.
   """
 
   read_config: Callable[[HubConfig], dict[str, Any]]
+  write_config: Callable[[ModelConfig], dict[str, Any]]
   rules: Callable[[ModelConfig], Iterable[Rule]]
+  model_class: str
 
 
 FAMILIES = {
-  "olmoe": Family(hub_models.olmoe, llama.olmoe),
-  "flex_olmo": Family(hub_models.flex_olmo, llama.flex_olmo),
-  "qwen3_moe": Family(hub_models.qwen3_moe, llama.olmoe),
-  "mixtral": Family(hub_models.mixtral, llama.mixtral),
-  "jetmoe": Family(hub_models.jetmoe, jetmoe.jetmoe),
-  "dbrx": Family(hub_models.dbrx, dbrx.dbrx),
-  "hunyuan": Family(hub_models.hunyuan_large, hunyuan.hunyuan),
-  "hunyuan_v1_moe": Family(hub_models.hunyuan_v1_moe, hunyuan.hunyuan),
-}
+  "olmoe": Family(
+    hub_models.olmoe, hub_export.olmoe, llama.olmoe, "OlmoeForCausalLM"
+  ),
+  "flex_olmo": Family(
+    hub_models.flex_olmo, hub_export.flex_olmo, llama.flex_olmo,
+    "FlexOlmoForCausalLM",
+  ),
+  "qwen3_moe": Family(
+    hub_models.qwen3_moe, hub_export.qwen3_moe, llama.olmoe,
+    "Qwen3MoeForCausalLM",
+  ),
+  "mixtral": Family(
+    hub_models.mixtral, hub_export.mixtral, llama.mixtral,
+    "MixtralForCausalLM",
+  ),
+  "jetmoe": Family(
+    hub_models.jetmoe, hub_export.jetmoe, jetmoe.jetmoe, "JetMoeForCausalLM"
+  ),
+  "dbrx": Family(
+    hub_models.dbrx, hub_export.dbrx, dbrx.dbrx, "DbrxForCausalLM"
+  ),
+  "hunyuan": Family(
+    hub_models.hunyuan_large, hub_export.hunyuan_large, hunyuan.hunyuan, ""
+  ),
+  "hunyuan_v1_moe": Family(
+    hub_models.hunyuan_v1_moe, hub_export.hunyuan_v1_moe, hunyuan.hunyuan,
+    "HunYuanMoEV1ForCausalLM",
+  ),
+}  # fmt: skip
 
 
 def load_hf(
-  folder: str | Path, dtype: str = "bfloat16"
+  folder: str | Path, dtype: str | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:
   """Reads a published checkpoint, layers apart.
 
   Args:
     folder: with config.json and safetensors, in one file or with an index.
-    dtype: that the model computes in; the weights keep theirs.
+    dtype: that the model computes in; None: float32 if config.json says so,
+      else bfloat16. The weights keep theirs.
 
   Returns:
     The config (`scan_layers=False`) and the variables of its `Transformer`.
@@ -78,7 +97,7 @@ def load_hf(
 
 
 def read_hub_config(
-  folder: Path, dtype: str = "bfloat16"
+  folder: Path, dtype: str | None = None
 ) -> tuple[Family, ModelConfig]:
   """The family and the config of a hub's folder; unknown keys are listed.
 
@@ -86,13 +105,19 @@ def read_hub_config(
     DataError: no readable config.json, another architecture, or an option that
       the architecture cannot express.
   """
-  values = _json(folder / "config.json")
+  values = read_json(folder / "config.json")
   kind = values["model_type"] if "model_type" in values else None
   if kind not in FAMILIES:
     raise DataError(
       f"{folder}: model_type {kind!r} is not one of {', '.join(FAMILIES)}"
     )
   hub = HubConfig(values, f"{folder}/config.json")
+  hub.expect("quantization_config", None)
+  if "auto_map" in values:
+    print(f"note: code that {folder} brings (auto_map) is not run")
+  if dtype is None:
+    stored = hub.take("torch_dtype", "dtype", default="bfloat16")
+    dtype = "float32" if stored == "float32" else "bfloat16"
   options = FAMILIES[kind].read_config(hub)
   if hub.unread():
     print(f"note: not read from config.json: {', '.join(hub.unread())}")
@@ -100,91 +125,8 @@ def read_hub_config(
   return FAMILIES[kind], Config.from_dict({"model": options}).model
 
 
-class Tensors:
-  """The tensors of a folder, read one at a time from memory-mapped files."""
-
-  def __init__(self, files: Mapping[str, Any]):
-    self._files = files
-
-  def names(self) -> set[str]:
-    return set(self._files)
-
-  def shape(self, name: str) -> tuple[int, ...]:
-    return tuple(self._files[name].get_slice(name).get_shape())
-
-  def read(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
-
-
-@contextlib.contextmanager
-def open_tensors(folder: Path) -> Iterator[Tensors]:
-  """Opens all safetensors of a folder.
-
-  Raises:
-    DataError: there are none, one that the index names is missing, or a file
-      is damaged.
-  """
-  from safetensors import SafetensorError, safe_open
-
-  with contextlib.ExitStack() as stack:
-    files = {}
-    for path in _shards(folder):
-      try:
-        file = stack.enter_context(safe_open(path, framework="np"))
-      except (SafetensorError, OSError) as e:
-        raise DataError(f"{path} is damaged or truncated: {e}") from e
-      files |= dict.fromkeys(file.keys(), file)
-    yield Tensors(files)
-
-
-def _shards(folder: Path) -> list[Path]:
-  if (folder / INDEX).exists():
-    named = sorted(set(_json(folder / INDEX)["weight_map"].values()))
-    missing = [name for name in named if not (folder / name).exists()]
-    if missing:
-      raise DataError(f"{folder}: {INDEX} names {missing[0]}, which is missing")
-    return [folder / name for name in named]
-  if (folder / SINGLE).exists():
-    return [folder / SINGLE]
-  pickles = [p.name for p in folder.glob("*.bin")]
-  why = f"; {pickles[0]} is a pickle, which may run code" if pickles else ""
-  raise DataError(f"{folder} holds no {SINGLE} and no {INDEX}{why}")
-
-
-def check_tensors(rules: Iterable[Rule], tensors: Tensors) -> None:
-  """Every tensor of the rules is there, of its shape, and none else.
-
-  Raises:
-    DataError: naming the first tensor that is not so.
-  """
-  unknown = tensors.names()
-  for rule in rules:
-    for name, shape in zip(rule.names, rule.shapes):
-      if name not in unknown:
-        raise DataError(f"no tensor {name} {shape} in the checkpoint")
-      if tensors.shape(name) != shape:
-        raise DataError(
-          f"tensor {name} is {tensors.shape(name)}, config.json says {shape}"
-        )
-      unknown.remove(name)
-  if unknown:
-    raise DataError(
-      f"{len(unknown)} tensors that this architecture does not have, such as "
-      f"{min(unknown)}"
-    )
-
-
 def put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
   """Sets a leaf of a nested dict."""
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
   tree[path[-1]] = leaf
-
-
-def _json(path: Path) -> dict[str, Any]:
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise DataError(f"{path} is missing") from None
-  except (OSError, ValueError) as e:
-    raise DataError(f"{path} is not readable: {e}") from e

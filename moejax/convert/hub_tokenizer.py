@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's tokenizer as transformers reads it."""
+
+import json
+from pathlib import Path
+
+from moejax.data.tokenizer import ByteTokenizer, Tokenizer
+from moejax.files import write_atomically
+
+_SPECIAL = {256: "<pad>", 257: "<s>", 258: "</s>"}
+
+
+def write_tokenizer(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
+  """Writes tokenizer.json, its config and the ids that generation needs.
+
+  Returns:
+    Ids of the special tokens under the names of config.json.
+  """
+  if isinstance(tokenizer, ByteTokenizer):
+    write_atomically(target / "tokenizer.json", byte_tokenizer_json())
+  else:
+    tokenizer.save(target)
+  import tokenizers
+
+  words = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
+  ids = {
+    "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
+  }  # fmt: skip
+  ids = {name: i for name, i in ids.items() if i is not None}
+  names = {f"{name}_token": words.id_to_token(i) for name, i in ids.items()}
+  config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+  _write_json(target / "tokenizer_config.json", config)
+  found = {f"{name}_token_id": i for name, i in ids.items()}
+  _write_json(target / "generation_config.json", found)
+  return found
+
+
+def byte_tokenizer_json() -> str:
+  """The byte tokenizer in the `tokenizers` library's words: id = byte."""
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers
+
+  # The library spells bytes as printable characters: themselves where they
+  # are, else the first free ones from 256 on.
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  spelling = {byte: chr(byte) for byte in shown}
+  others = [byte for byte in range(256) if byte not in spelling]
+  spelling |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+  vocabulary = {spelling[byte]: byte for byte in range(256)}
+  words = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+  words.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  words.decoder = decoders.ByteLevel()
+  for number, name in _SPECIAL.items():
+    assert words.get_vocab_size() == number
+    words.add_special_tokens([tokenizers.AddedToken(name, special=True)])
+  return words.to_str(pretty=True)
+
+
+def _write_json(path: Path, values: dict) -> None:
+  write_atomically(path, json.dumps(values, indent=2) + "\n")

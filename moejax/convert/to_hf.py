@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's checkpoint as a hub's folder, one tensor at a time."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import runs
+from moejax.checkpoint import CheckpointReader, LeafReader
+from moejax.config import Config, ModelConfig, differences
+from moejax.convert import hub_files
+from moejax.convert.from_hf import HUB, hub_config
+from moejax.convert.hub_config import HubConfig
+from moejax.convert.hub_export import architecture
+from moejax.convert.hub_files import Entry
+from moejax.convert.hub_tokenizer import write_tokenizer
+from moejax.convert.load import FAMILIES, Family
+from moejax.convert.rules import Rule
+from moejax.errors import ConfigError, DataError, UserError
+from moejax.files import write_atomically
+from moejax.progress import format_bytes, progress_bar
+
+ITEMS = ("params", "router_state")
+SHARD_BYTES = 5_000_000_000  # the hub's own custom
+JOURNAL = "unfinished_export.json"
+
+
+def to_hf(
+  source: str | os.PathLike,
+  target: str | os.PathLike,
+  family: str | None = None,
+  dtype: str | None = None,
+  step: int | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Makes a hub's folder of a run's checkpoint.
+
+  One rule's tensors are in memory at a time. Stopped and called again, it goes
+  on with the files that are missing; config.json comes last.
+
+  Args:
+    source: folder of a run, trained or converted.
+    target: new or empty.
+    family: a model_type; None takes the one it came from, or the first whose
+      config.json can say all that this model is.
+    dtype: of the weights; None keeps theirs.
+    step: of the checkpoint; None takes the newest.
+    shard_bytes: size of one file, at least one rule's tensors.
+
+  Raises:
+    UserError: no family fits, the target holds something else, or the disk is
+      full.
+  """
+  source, target = Path(source), Path(target)
+  config = runs.read_config(source)
+  name, values = hub_values(source, config.model, family)
+  checkpoints = CheckpointReader(runs.checkpoint_folder(source))
+  found, meta, leaves = checkpoints.open_leaves(ITEMS, step)
+  entries = [
+    (rule, rule_entries(rule, leaves, config.model, dtype))
+    for rule in FAMILIES[name].rules(config.model)
+  ]
+  shards = _shards(entries, shard_bytes)
+  mark = {"step": found, "tokenizer": meta["tokenizer"], "dtype": str(dtype)}
+  mark |= {"from": os.path.abspath(source), "shards": len(shards)}
+  try:
+    _begin(target, mark)
+    index = _write_shards(target, shards, leaves, config.model)
+    _write_files(source, target, values, config, entries)
+    if len(shards) > 1:
+      text = json.dumps(index, indent=2)
+      write_atomically(target / hub_files.INDEX, text)
+    text = json.dumps(_stamped(values, entries), indent=2) + "\n"
+    write_atomically(target / "config.json", text)
+    (target / JOURNAL).unlink()
+  except OSError as e:
+    raise UserError(
+      f"cannot write {e.filename or target}: {e.strerror or e}; the same "
+      "command goes on with the files that are missing"
+    ) from e
+  size = sum(entry.num_bytes for _, some in entries for entry in some)
+  print(f"{target}: {name}, {format_bytes(size)} of weights, step {found}")
+
+
+def hub_values(
+  source: Path, model: ModelConfig, wanted: str | None
+) -> tuple[str, dict[str, Any]]:
+  """The family and the config.json of a model.
+
+  Raises:
+    ConfigError: no family can say what it is, or the wanted one cannot.
+  """
+  kept = hub_config(source)
+  if kept is not None and wanted in (None, kept["model_type"]):
+    if not _lost(FAMILIES[kept["model_type"]], kept, model):
+      kept.pop("auto_map", None)  # names code that is not carried along
+      return kept["model_type"], kept
+  if wanted is not None and wanted not in FAMILIES:
+    raise ConfigError(f"--family={wanted} is not one of {', '.join(FAMILIES)}")
+  closest = ("", [""] * 99)
+  for name in [wanted] if wanted else FAMILIES:
+    family = FAMILIES[name]
+    values = {"model_type": name} | family.write_config(model)
+    if family.model_class:
+      values["architectures"] = [family.model_class]
+    lost = _lost(family, values, model)
+    if not lost:
+      return name, values
+    closest = min(closest, (name, lost), key=lambda x: len(x[1]))
+  raise ConfigError(
+    f"no family of the hub is this model; {closest[0]} comes nearest and "
+    f"would lose {'; '.join(closest[1])}"
+  )
+
+
+def _lost(family: Family, values: dict[str, Any], model: ModelConfig):
+  """Options that reading the config.json back does not give."""
+  try:
+    options = family.read_config(HubConfig(values))
+    back = Config.from_dict({"model": options | {"scan_layers": False}}).model
+  except UserError as e:
+    return [str(e)]
+  mine, theirs = (
+    Config(model=architecture(m)).to_dict()["model"] for m in (model, back)
+  )
+  return differences(mine, theirs, "model.")
+
+
+def rule_entries(
+  rule: Rule, leaves: LeafReader, model: ModelConfig, dtype: str | None
+) -> list[Entry]:
+  """What a rule writes."""
+  stored = [leaves.table[leaf_of(path, model)[0]].dtype for path in rule.paths]
+  kept = dtype or str(jnp.result_type(*stored))
+  return [Entry(n, s, kept) for n, s in zip(rule.names, rule.shapes)]
+
+
+def leaf_of(
+  path: tuple[str, ...], model: ModelConfig
+) -> tuple[str, int | None]:
+  """A leaf's name as this model stores it, and its place in a stacked one."""
+  collection, layers, *rest = path
+  name, _, repeat = layers.partition("_")
+  if not model.scan_layers or name != "repeats":
+    return "/".join(path), None
+  return "/".join((collection, name, *rest)), int(repeat)
+
+
+def hub_tensors(
+  rule: Rule, leaves: LeafReader, model: ModelConfig
+) -> Sequence[np.ndarray]:
+  """The tensors of a rule, from a run's leaves."""
+  found = [leaves.read(*leaf_of(path, model)) for path in rule.paths]
+  return rule.save(found)
+
+
+def _shards(
+  entries: Iterable[tuple[Rule, list[Entry]]], limit: int
+) -> list[list[tuple[Rule, list[Entry]]]]:
+  """The rules of each file, wider dtypes first: offsets stay aligned."""
+  shards: list[list[tuple[Rule, list[Entry]]]] = [[]]
+  size = 0
+  for rule, some in entries:
+    more = sum(entry.num_bytes for entry in some)
+    if shards[-1] and size + more > limit:
+      shards.append([])
+      size = 0
+    shards[-1].append((rule, some))
+    size += more
+  wide = lambda pair: -jnp.dtype(pair[1][0].dtype).itemsize
+  return [sorted(shard, key=wide) for shard in shards]
+
+
+def _begin(target: Path, mark: dict[str, Any]) -> None:
+  """Makes the folder, or goes on with one that this export began."""
+  target.mkdir(parents=True, exist_ok=True)
+  inside = sorted(path.name for path in target.iterdir())
+  if JOURNAL in inside:
+    begun = hub_files.read_json(target / JOURNAL)
+    if begun != mark:
+      raise DataError(
+        f"{target} holds an unfinished export of {begun}; delete it or use "
+        "another folder"
+      )
+  elif inside:
+    raise DataError(f"{target} is not empty (it has {inside[0]})")
+  write_atomically(target / JOURNAL, json.dumps(mark))
+
+
+def _write_shards(target, shards, leaves, model) -> dict[str, Any]:
+  """All files of tensors; returns the index."""
+  weight_map, total = {}, 0
+  with progress_bar("writing tensors", sum(map(len, shards))) as bar:
+    for i, shard in enumerate(shards):
+      name = hub_files.SINGLE
+      if len(shards) > 1:
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+      entries = [entry for _, some in shard for entry in some]
+      if not (target / name).exists():
+        arrays = _arrays(shard, leaves, model, bar)
+        hub_files.write_safetensors(target / name, entries, arrays)
+      else:
+        bar.advance(len(shard))
+      weight_map |= {entry.name: name for entry in entries}
+      total += sum(entry.num_bytes for entry in entries)
+  return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def _arrays(shard, leaves, model, bar) -> Iterator[np.ndarray]:
+  for rule, entries in shard:
+    tensors = hub_tensors(rule, leaves, model)
+    for entry, tensor in zip(entries, tensors, strict=True):
+      yield tensor.astype(jnp.dtype(entry.dtype), copy=False)
+    bar.advance()
+
+
+def _write_files(source, target, values, config, entries) -> None:
+  """The tokenizer's files, the hub's own if the run came from there."""
+  if (source / HUB).is_dir():
+    hub_files.copy_carried(source / HUB, target)
+  if not (target / "tokenizer.json").exists():
+    ids = write_tokenizer(runs.read_tokenizer(source), target)
+    values |= {key: i for key, i in ids.items() if key not in values}
+
+
+def _stamped(values: dict[str, Any], entries) -> dict[str, Any]:
+  """With the dtype of most of the weights, under the hub's older name."""
+  sizes: dict[str, int] = {}
+  for _, some in entries:
+    for entry in some:
+      sizes[entry.dtype] = sizes.setdefault(entry.dtype, 0) + entry.num_bytes
+  values = {k: v for k, v in values.items() if k != "dtype"}
+  return values | {"torch_dtype": max(sizes, key=sizes.__getitem__)}
