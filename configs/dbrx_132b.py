@@ -61,7 +61,7 @@ def _shrink(config):
 
   shrink_training(config)
   model = config.model
-  model.d_model = 112
+  model.d_model = 96
   model.num_layers = 3
   model.num_heads = 6
   model.num_kv_heads = 2

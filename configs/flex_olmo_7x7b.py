@@ -55,7 +55,7 @@ def _shrink(config):
 
   shrink_training(config)
   model = config.model
-  model.d_model = 88
+  model.d_model = 80
   model.num_layers = 3
   model.num_heads = 4
   model.num_kv_heads = 4

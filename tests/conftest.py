@@ -8,6 +8,7 @@ starts inherit it.
 import os
 import pathlib
 import shutil
+import subprocess
 
 import pytest
 
@@ -69,3 +70,15 @@ def shared_data() -> pathlib.Path:
       "checkout"
     )
   return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A filesystem of 4 MB."""
+  folder = tmp_path / "disk"
+  folder.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+  if subprocess.run(mount, capture_output=True).returncode:
+    pytest.skip("mounting needs root")
+  yield folder
+  subprocess.run(["umount", "-l", str(folder)], check=True)

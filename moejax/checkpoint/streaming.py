@@ -56,7 +56,7 @@ class StepWriter:
     self._done: dict[str, dict[str, tuple[int, str]]] = {}
     try:
       self._begin()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # TensorStore raises the latter
       raise self._failed(e) from e
 
   def pending(self) -> Iterator[str]:
@@ -77,7 +77,7 @@ class StepWriter:
       where = arrays.write_leaf(self.folder / ARRAYS, name, array)
       digests = self._digest(where)
       self._record({"leaf": name, "files": digests})
-    except (OSError, ValueError) as e:  # TensorStore raises the latter
+    except (OSError, ValueError) as e:
       raise self._failed(e) from e
     self._done[name] = digests
 

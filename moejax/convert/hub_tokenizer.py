@@ -10,12 +10,17 @@ from moejax.files import write_atomically
 _SPECIAL = {256: "<pad>", 257: "<s>", 258: "</s>"}
 
 
-def write_tokenizer(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
-  """Writes tokenizer.json, its config and the ids that generation needs.
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+  """Ids of the special tokens under the names of config.json."""
+  return {
+    "bos_token_id": tokenizer.bos_id,
+    "eos_token_id": tokenizer.eos_id,
+    "pad_token_id": tokenizer.pad_id,
+  }
 
-  Returns:
-    Ids of the special tokens under the names of config.json.
-  """
+
+def write_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
+  """Writes tokenizer.json, its config and the ids that generation needs."""
   if isinstance(tokenizer, ByteTokenizer):
     write_atomically(target / "tokenizer.json", byte_tokenizer_json())
   else:
@@ -23,16 +28,11 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path) -> dict[str, int]:
   import tokenizers
 
   words = tokenizers.Tokenizer.from_file(str(target / "tokenizer.json"))
-  ids = {
-    "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
-  }  # fmt: skip
-  ids = {name: i for name, i in ids.items() if i is not None}
-  names = {f"{name}_token": words.id_to_token(i) for name, i in ids.items()}
+  ids = {k: i for k, i in special_ids(tokenizer).items() if i is not None}
+  names = {k.removesuffix("_id"): words.id_to_token(i) for k, i in ids.items()}
   config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
   _write_json(target / "tokenizer_config.json", config)
-  found = {f"{name}_token_id": i for name, i in ids.items()}
-  _write_json(target / "generation_config.json", found)
-  return found
+  _write_json(target / "generation_config.json", ids)
 
 
 def byte_tokenizer_json() -> str:

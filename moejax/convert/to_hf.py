@@ -18,7 +18,7 @@ from moejax.convert.from_hf import HUB, hub_config
 from moejax.convert.hub_config import HubConfig
 from moejax.convert.hub_export import architecture
 from moejax.convert.hub_files import Entry
-from moejax.convert.hub_tokenizer import write_tokenizer
+from moejax.convert.hub_tokenizer import special_ids, write_tokenizer
 from moejax.convert.load import FAMILIES, Family
 from moejax.convert.rules import Rule
 from moejax.errors import ConfigError, DataError, UserError
@@ -71,7 +71,7 @@ def to_hf(
   try:
     _begin(target, mark)
     index = _write_shards(target, shards, leaves, config.model)
-    _write_files(source, target, values, config, entries)
+    _write_tokenizer(source, target)
     if len(shards) > 1:
       text = json.dumps(index, indent=2)
       write_atomically(target / hub_files.INDEX, text)
@@ -110,7 +110,8 @@ def hub_values(
       values["architectures"] = [family.model_class]
     lost = _lost(family, values, model)
     if not lost:
-      return name, values
+      # Also those that are not there: classes have ids of their own.
+      return name, values | special_ids(runs.read_tokenizer(source))
     closest = min(closest, (name, lost), key=lambda x: len(x[1]))
   raise ConfigError(
     f"no family of the hub is this model; {closest[0]} comes nearest and "
@@ -219,13 +220,12 @@ def _arrays(shard, leaves, model, bar) -> Iterator[np.ndarray]:
     bar.advance()
 
 
-def _write_files(source, target, values, config, entries) -> None:
+def _write_tokenizer(source: Path, target: Path) -> None:
   """The tokenizer's files, the hub's own if the run came from there."""
   if (source / HUB).is_dir():
     hub_files.copy_carried(source / HUB, target)
   if not (target / "tokenizer.json").exists():
-    ids = write_tokenizer(runs.read_tokenizer(source), target)
-    values |= {key: i for key, i in ids.items() if key not in values}
+    write_tokenizer(runs.read_tokenizer(source), target)
 
 
 def _stamped(values: dict[str, Any], entries) -> dict[str, Any]:

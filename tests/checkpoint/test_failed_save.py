@@ -5,7 +5,6 @@ import contextlib
 import os
 import re
 import resource
-import subprocess
 import time
 
 import jax
@@ -27,18 +26,6 @@ def abstract(megabytes: float):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
     state_of(0, megabytes),
   )
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-  """A filesystem of 4 MB."""
-  folder = tmp_path / "disk"
-  folder.mkdir()
-  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-  if subprocess.run(mount, capture_output=True).returncode:
-    pytest.skip("mounting needs root")
-  yield folder
-  subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextlib.contextmanager

@@ -1,42 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hub's folder, whole and in parts, and what can be wrong in it."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from moejax.convert import load_hf
 from moejax.convert.hub_config import stack
 from moejax.errors import DataError
 from moejax.models import build, init_variables
 from tests.convert import families as hf
+from tests.convert.hub_folder import write
 
 EACH = pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
 OLMOE = hf.FAMILIES[0]
-
-
-def write(folder, family, tensors=None, shards=1, **changes):
-  """A folder as the hub has them."""
-  (folder / "config.json").write_text(json.dumps(family.hf_config | changes))
-  tensors = hf.tensors(family) if tensors is None else tensors
-  if shards == 1:
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-  weight_map = {}
-  for i in range(shards):
-    name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-    part = dict(list(tensors.items())[i::shards])
-    save_file(part, folder / name)
-    weight_map |= dict.fromkeys(part, name)
-  (folder / "model.safetensors.index.json").write_text(
-    json.dumps({"metadata": {}, "weight_map": weight_map})
-  )
-  return folder
 
 
 @EACH
