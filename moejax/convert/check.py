@@ -17,7 +17,7 @@ from moejax.config import Config, ModelConfig, differences
 from moejax.convert import hub_files
 from moejax.convert.from_hf import read_tokenizer
 from moejax.convert.hub_export import architecture
-from moejax.convert.load import Family, read_hub_config
+from moejax.convert.load import Family, matching_rules, read_hub_config
 from moejax.convert.to_hf import ITEMS, hub_tensors
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError, UserError
@@ -96,12 +96,11 @@ def _check_tokenizer(hub: Path, words: Tokenizer) -> Finding:
 
 def _check_tensors(hub, run, family: Family, config, step) -> Finding:
   """Equal bytes, or the largest error where the dtype was changed."""
-  rules = list(family.rules(config.model))
   checkpoints = CheckpointReader(runs.checkpoint_folder(run))
   _, _, leaves = checkpoints.open_leaves(ITEMS, step)
   equal, cast, worst = 0, 0, (0.0, "")
   with hub_files.open_tensors(hub) as tensors:
-    hub_files.check_tensors(rules, tensors)
+    rules = matching_rules(family, config.model, tensors)
     with progress_bar("comparing tensors", len(rules)) as bar:
       for rule in rules:
         mine = hub_tensors(rule, leaves, config.model)

@@ -16,7 +16,7 @@ from moejax.checkpoint import CheckpointReader, StepWriter
 from moejax.checkpoint.leaves import Leaf, describe
 from moejax.config import Config, DataConfig, ModelConfig
 from moejax.convert import hub_files
-from moejax.convert.load import read_hub_config
+from moejax.convert.load import matching_rules, read_hub_config
 from moejax.convert.rules import Rule
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
@@ -59,9 +59,8 @@ def from_hf(
       f"the tokenizer of {source} has {words.vocab_size} tokens, its embedding "
       f"{model.vocab_size} rows; give the right one with --tokenizer"
     )
-  rules = list(family.rules(model))
   with hub_files.open_tensors(source) as tensors:
-    hub_files.check_tensors(rules, tensors)
+    rules = matching_rules(family, model, tensors)
     digest = hub_files.source_digest(source, str(dtype), words.digest)
     table = leaf_table(model, rules, tensors, dtype)
     with RunLock(target):

@@ -137,7 +137,13 @@ def hunyuan_large(hub: HubConfig) -> dict[str, Any]:
 
 
 def _hunyuan(hub: HubConfig, renormalize: bool) -> dict[str, Any]:
-  k, shared = _one(hub, "moe_topk"), _one(hub, "num_shared_expert")
+  k = _one(hub, "moe_topk")
+  shared = _one(hub, "num_shared_expert")
+  if not hub.take("use_mixed_mlp_moe", default=True):
+    shared = 0
+  # Of training, and not acted on by the published code either.
+  for name in ("moe_drop_tokens", "moe_random_routing_dropped_token"):
+    hub.take(name, "capacity_factor", default=None)
   hub.expect("use_qk_norm", True)
   hub.expect("norm_type", "rms", "hf_rms")
   return _llama(hub, 1e-5) | {

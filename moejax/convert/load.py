@@ -7,9 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ModelConfig
-from moejax.convert import dbrx, hub_export, hub_models, hunyuan, jetmoe, llama
+from moejax.convert import (
+  dbrx,
+  fused,
+  hub_export,
+  hub_models,
+  hunyuan,
+  jetmoe,
+  llama,
+)
 from moejax.convert.hub_config import HubConfig
-from moejax.convert.hub_files import check_tensors, open_tensors, read_json
+from moejax.convert.hub_files import (
+  Tensors,
+  check_tensors,
+  open_tensors,
+  read_json,
+)
 from moejax.convert.rules import Rule
 from moejax.errors import DataError
 from moejax.progress import progress_bar
@@ -83,9 +96,8 @@ def load_hf(
   """
   folder = Path(folder)
   family, config = read_hub_config(folder, dtype)
-  rules = list(family.rules(config))
   with open_tensors(folder) as tensors:
-    check_tensors(rules, tensors)
+    rules = matching_rules(family, config, tensors)
     variables: dict[str, Any] = {}
     with progress_bar("reading tensors", len(rules)) as bar:
       for rule in rules:
@@ -123,6 +135,19 @@ def read_hub_config(
     print(f"note: not read from config.json: {', '.join(hub.unread())}")
   options |= {"dtype": dtype, "scan_layers": False}
   return FAMILIES[kind], Config.from_dict({"model": options}).model
+
+
+def matching_rules(
+  family: Family, config: ModelConfig, tensors: Tensors
+) -> list[Rule]:
+  """The rules of a model, for all tensors of a checkpoint and none else.
+
+  Raises:
+    DataError: naming the first tensor that is missing, unknown or misshapen.
+  """
+  rules = fused.meet(family.rules(config), tensors.names())
+  check_tensors(rules, tensors)
+  return rules
 
 
 def put(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:

@@ -40,6 +40,36 @@ def test_shards_and_bfloat16(tmp_path):
   np.testing.assert_array_equal(leaf[4], want)
 
 
+FUSED = ("olmoe", "mixtral", "qwen3_moe", "flex_olmo", "hunyuan_v1_moe")
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_experts_in_one_tensor(name, tmp_path):
+  """The names that transformers 5 uses in memory."""
+  family = next(f for f in hf.FAMILIES if f.name == name)
+  fused, stacks = {}, {}
+  for key, x in hf.tensors(family).items():
+    key = key.replace("block_sparse_moe", "mlp")
+    prefix, found, rest = key.partition(".experts.")
+    if not found:
+      fused[key] = x
+      continue
+    kind = rest.split(".")[1]
+    kind = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(
+      kind, kind
+    )
+    stacks.setdefault((prefix, kind), []).append(x)
+  for (prefix, kind), xs in stacks.items():
+    if kind == "down_proj":
+      fused[f"{prefix}.experts.down_proj"] = np.stack(xs)
+    if kind == "gate_proj":
+      both = np.stack(xs), np.stack(stacks[prefix, "up_proj"])
+      fused[f"{prefix}.experts.gate_up_proj"] = np.concatenate(both, axis=1)
+  _, got = load_hf(write(tmp_path / "fused", family, fused))
+  _, want = load_hf(write(tmp_path / "apart", family))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
