@@ -177,22 +177,28 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
   return tokens, rng.standard_normal((B, T, V)).astype(np.float32)
 
 
-def compute(family: Family) -> dict[str, np.ndarray]:
-  """Logits, greedy tokens, and `grad/NAME`, as transformers computes them."""
-  import torch
+def load(family: Family, weights: dict[str, np.ndarray], dtype: Any) -> Any:
+  """transformers' model of these weights, computing in torch's `dtype`."""
   import transformers
-  from safetensors.numpy import load_file, save_file
+  from safetensors.numpy import save_file
 
   model_class = getattr(transformers, family.model_class)
   with tempfile.TemporaryDirectory() as folder:
     config = {"architectures": [family.model_class], **family.hf_config}
     (Path(folder) / "config.json").write_text(json.dumps(config))
-    save_file(
-      tensors(family), Path(folder) / "model.safetensors", {"format": "pt"}
-    )
-    model = model_class.from_pretrained(
-      folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
+    return model_class.from_pretrained(
+      folder, dtype=dtype, attn_implementation="eager",
+      experts_implementation="eager",
+    ).eval()  # fmt: skip
+
+
+def compute(family: Family) -> dict[str, np.ndarray]:
+  """Logits, greedy tokens, and `grad/NAME`, as transformers computes them."""
+  import torch
+  from safetensors.numpy import load_file
+
+  model = load(family, tensors(family), torch.float32)
   tokens, cotangent = inputs()
   logits = model(torch.tensor(tokens)).logits
   (logits * torch.tensor(cotangent)).sum().backward()
