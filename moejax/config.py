@@ -467,6 +467,9 @@ class TrainConfig:
   """The length and size of the run."""
 
   num_steps: int = option(10_000, "optimizer steps")
+  init_from: str = option(
+    "", "folder of a run, trained or converted, whose weights this one takes"
+  )
   batch_size: int = option(32, "rows of a global batch B")
   accumulation_steps: int = option(
     1, "microbatches a batch is computed in; changes memory, not the result"

@@ -35,6 +35,11 @@ def restore_or_none(
   if checkpoints.is_empty():
     return None
   meta = checkpoints.read_meta()
+  if "converted_from" in meta:
+    raise CheckpointError(
+      f"{checkpoints.directory} holds converted weights, not a run; train from "
+      "them in a --workdir of its own, with --config.train.init_from=FOLDER"
+    )
   check_same_run(config, meta)
   for name, mine in (
     ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)

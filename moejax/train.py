@@ -26,6 +26,7 @@ from moejax.errors import ConfigError, DataError, UserError
 from moejax.evaluate import evaluate
 from moejax.generate import DEFAULT_SAMPLING, generate
 from moejax.hardware import keep_freed_memory, peak_flops
+from moejax.init_from import weights_of
 from moejax.memory import check_state_fits, compile_step
 from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
@@ -83,7 +84,9 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
   with RunLock(workdir), PreemptionGuard() as guard:
     with runs.open_checkpoints(workdir, config) as checkpoints:
       restored = restore_or_none(config, model, checkpoints, tokenizer, stores)
-      state = restored.state if restored else _fresh_state(config, model)
+      state = (
+        restored.state if restored else _fresh_state(config, model, tokenizer)
+      )
       start = int(state.step)
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
@@ -348,8 +351,13 @@ def announce(
   print(f"{workdir}: {verb}; compiling the step...", flush=True)
 
 
-def _fresh_state(config: Config, model: Transformer) -> TrainState:
-  return jax.jit(lambda: init_state(config, model))()
+def _fresh_state(
+  config: Config, model: Transformer, tokenizer: Tokenizer
+) -> TrainState:
+  state = jax.jit(lambda: init_state(config, model))()
+  if not config.train.init_from:
+    return state
+  return state.replace(**weights_of(config, tokenizer))
 
 
 def _due(every: int, step: int) -> bool:

@@ -25,9 +25,8 @@ LAYERS = {
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train resume step memory runs evaluate generate describe "
-    "report "
-    "data.command finetune analysis plan convert"
+    "__main__ cli train init_from resume step memory runs evaluate generate "
+    "describe report data.command finetune analysis plan convert"
   ),
 }
 RANK = {

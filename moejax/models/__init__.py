@@ -16,6 +16,7 @@ from moejax.models.transformer import (
   Variables,
   build,
   init_variables,
+  stack_repeats,
   unstack_repeats,
 )
 
@@ -23,5 +24,5 @@ __all__ = [
   "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "Variables",
   "build", "count",
   "count_parts", "dtype_bytes", "init_variables", "kv_bytes_per_token",
-  "train_flops_per_token", "unstack_repeats",
+  "stack_repeats", "train_flops_per_token", "unstack_repeats",
 ]  # fmt: skip

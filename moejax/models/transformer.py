@@ -53,26 +53,23 @@ class Transformer(nn.Module):
   """
 
   config: ModelConfig
-  backends: Backends
+  backends: Backends | None = None  # None: those of JAX's default platform
 
   def setup(self):
     cfg = self.config
+    backends = self.backends or choose_backends(cfg)
     V, D = cfg.vocab_size, cfg.d_model
     axes = ("vocab", "embed")
     self.w_embed_VD = weight(self, "w_embed_VD", (V, D), axes, cfg.init_std)
     if not cfg.tie_embeddings:
       self.w_output_VD = weight(self, "w_output_VD", (V, D), axes, cfg.init_std)
     block = _checkpointed(Block, cfg, in_scan=False)
-    self.prefix = [
-      block(cfg, layer, self.backends) for layer in cfg.prefix_layers
-    ]
+    self.prefix = [block(cfg, layer, backends) for layer in cfg.prefix_layers]
     if cfg.scan_layers:
-      self.repeats = _scanned(cfg)(cfg, self.backends)
+      self.repeats = _scanned(cfg)(cfg, backends)
     else:
       repeat = _checkpointed(Repeat, cfg, in_scan=False)
-      self.repeats = [
-        repeat(cfg, self.backends) for _ in range(cfg.num_repeats)
-      ]
+      self.repeats = [repeat(cfg, backends) for _ in range(cfg.num_repeats)]
     self.final_norm = Norm(cfg.norm, cfg.final_norm_eps or cfg.norm_eps)
 
   def __call__(
@@ -140,12 +137,17 @@ class Transformer(nn.Module):
 
 def build(config: ModelConfig, platform: str | None = None) -> Transformer:
   """The model with the back ends of `platform` (default: JAX's own)."""
+  return Transformer(config, choose_backends(config, platform))
+
+
+def choose_backends(
+  config: ModelConfig, platform: str | None = None
+) -> Backends:
+  """How a config is computed on a platform (default: JAX's own)."""
   platform = platform or jax.default_backend()
   matmul, _ = matmul_ops.choose_backend(platform, config.moe.matmul)
   dispatch = DISPATCHES[config.moe.dispatch]
-  return Transformer(
-    config, Backends(platform, dispatch, matmul, config.attention)
-  )
+  return Backends(platform, dispatch, matmul, config.attention)
 
 
 def describe_backends(model: Transformer, seq_len: int) -> list[str]:
@@ -176,6 +178,17 @@ def unstack_repeats(config: ModelConfig, variables: Variables) -> Variables:
   return {
     name: _unstack(config.num_repeats, tree) for name, tree in variables.items()
   }
+
+
+def stack_repeats(config: ModelConfig, variables: Variables) -> Variables:
+  """The way back: variables of `scan_layers=True` from layers apart."""
+  stacked = {}
+  for name, tree in variables.items():
+    repeats = [tree[f"repeats_{r}"] for r in range(config.num_repeats)]
+    stacked[name] = {
+      k: v for k, v in tree.items() if not k.startswith("repeats_")
+    } | {"repeats": jax.tree.map(lambda *xs: jnp.stack(xs), *repeats)}
+  return stacked
 
 
 def _unstack(num_repeats: int, tree: Any) -> Any:

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from moejax import runs
 from moejax.checkpoint import CheckpointReader, StepWriter
-from moejax.checkpoint.leaves import describe
 from moejax.cli import load_config_file
 from moejax.config import Config
 from moejax.convert.check import check
@@ -23,10 +22,10 @@ from moejax.convert.to_hf import to_hf
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.generate import generate_tokens
-from moejax.models import build, init_variables
 from moejax.sampling import Sampling
 from tests.convert import families as hf
 from tests.convert.hub_folder import write
+from tests.fresh_run import fresh_run
 from tests.test_published import CONFIGS, PUBLISHED
 
 EACH = pytest.mark.parametrize("family", hf.FAMILIES, ids=lambda f: f.name)
@@ -88,18 +87,6 @@ def test_a_dtype_is_kept_unless_asked(tmp_path):
   to_hf(tmp_path / "wide", tmp_path / "narrow", dtype="bfloat16")
   found = check(tmp_path / "narrow", tmp_path / "run")[2]
   assert found.same and "1 of another dtype" in found.text
-
-
-def fresh_run(folder, config):
-  """A run of that config with weights as they are drawn, at step 3."""
-  variables = init_variables(build(config.model), jax.random.key(0))
-  names = describe(variables)
-  writer = StepWriter(folder / "checkpoints", 3, names, "a test")
-  for name, leaf in zip(names, jax.tree.leaves(variables), strict=True):
-    writer.write(name, np.asarray(leaf))
-  writer.commit({"step": 3, "tokenizer": ByteTokenizer.digest})
-  runs.write_files(folder, config, ByteTokenizer())
-  return folder
 
 
 # Two systems show what stacked layers need: a prefix, a pattern of two.

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run that never trained."""
+
+import jax
+import numpy as np
+
+from moejax import runs
+from moejax.checkpoint import StepWriter
+from moejax.checkpoint.leaves import describe
+from moejax.data.tokenizer import ByteTokenizer
+from moejax.models import build, init_variables
+
+
+def fresh_run(folder, config):
+  """A run of that config with weights as they are drawn, at step 3."""
+  variables = init_variables(build(config.model), jax.random.key(0))
+  names = describe(variables)
+  writer = StepWriter(folder / "checkpoints", 3, names, "a test")
+  for name, leaf in zip(names, jax.tree.leaves(variables), strict=True):
+    writer.write(name, np.asarray(leaf))
+  writer.commit({"step": 3, "tokenizer": ByteTokenizer.digest})
+  runs.write_files(folder, config, ByteTokenizer())
+  return folder
