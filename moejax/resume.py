@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Going on with a run: what may have changed since, and what may not."""
 
+import os
 from typing import Any
 
 import jax
 import numpy as np
 
 from moejax import runs
-from moejax.checkpoint import Checkpointer, Restored
+from moejax.checkpoint import Checkpointer, CheckpointReader, Restored
 from moejax.config import Config, differences
 from moejax.data import StoreSet, Tokenizer
 from moejax.errors import CheckpointError
@@ -24,6 +25,22 @@ FREE_OPTIONS = (
 )  # fmt: skip
 
 
+def refuse_converted(workdir: str | os.PathLike) -> None:
+  """Converted weights have no optimizer state and no place in the data.
+
+  Raises:
+    CheckpointError: the folder holds some.
+  """
+  checkpoints = CheckpointReader(runs.checkpoint_folder(workdir))
+  if checkpoints.latest() is None:
+    return
+  if "converted_from" in checkpoints.read_meta():
+    raise CheckpointError(
+      f"{workdir} holds converted weights, not a run; train from them in a "
+      f"--workdir of its own, with --config.train.init_from={workdir}"
+    )
+
+
 def restore_or_none(
   config: Config,
   model: Transformer,
@@ -35,11 +52,6 @@ def restore_or_none(
   if checkpoints.is_empty():
     return None
   meta = checkpoints.read_meta()
-  if "converted_from" in meta:
-    raise CheckpointError(
-      f"{checkpoints.directory} holds converted weights, not a run; train from "
-      "them in a --workdir of its own, with --config.train.init_from=FOLDER"
-    )
   check_same_run(config, meta)
   for name, mine in (
     ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)

@@ -32,7 +32,7 @@ from moejax.metrics import RunLog
 from moejax.models import Transformer, build, count, train_flops_per_token
 from moejax.models.transformer import describe_backends
 from moejax.progress import TrainProgress
-from moejax.resume import how_to_go_on, restore_or_none
+from moejax.resume import how_to_go_on, refuse_converted, restore_or_none
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
 from moejax.step import TrainState, device_batch, init_state
 
@@ -71,6 +71,7 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
   workdir = Path(workdir)
   keep_freed_memory()
   # Before anything is written: what is wrong with the data or the config.
+  refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)
   stores = data_lib.open_stores(config.data, tokenizer)
   if config.eval.every and not stores.rows("validation"):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moejax import runs
-from moejax.checkpoint import Checkpointer
 from moejax.cli import load_config_file
 from moejax.config import Config
 from moejax.convert.from_hf import from_hf
@@ -16,7 +15,7 @@ from moejax.errors import CheckpointError, ConfigError
 from moejax.generate import prompt_tokens
 from moejax.init_from import weights_of
 from moejax.models import Rows, build
-from moejax.resume import restore_or_none
+from moejax.train import train
 from tests.convert import families as hf
 from tests.convert.hub_folder import write
 from tests.fresh_run import fresh_run
@@ -69,10 +68,8 @@ def test_what_does_not_fit_is_named(tmp_path, capsys):
 
 def test_a_converted_folder_is_not_trained_in(tmp_path):
   from_hf(write(tmp_path / "hub", hf.FAMILIES[0]), tmp_path / "run")
-  config = runs.read_config(tmp_path / "run")
-  with Checkpointer(tmp_path / "run/checkpoints", keep_last=1) as checkpoints:
-    with pytest.raises(CheckpointError, match="converted weights.*init_from"):
-      restore_or_none(config, None, checkpoints, None, None)
+  with pytest.raises(CheckpointError, match="converted weights.*init_from"):
+    train(runs.read_config(tmp_path / "run"), tmp_path / "run")
 
 
 def test_bfloat16_weights_become_float32(tmp_path):

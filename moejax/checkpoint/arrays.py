@@ -146,7 +146,12 @@ def write_leaf(folder: epath.Path, name: str, array: np.ndarray) -> epath.Path:
     },
     create=True, delete_existing=True, dtype=array.dtype, shape=array.shape,
   ).result()  # fmt: skip
-  store.write(array, can_reference_source_data_indefinitely=True).result()
+  # Piece by piece: all at once, all would be copied at once.
+  for start in range(0, len(array), rows):
+    piece = array[start : start + rows]
+    store[start : start + len(piece)].write(
+      piece, can_reference_source_data_indefinitely=True
+    ).result()
   return target
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from moejax import runs
 from moejax.checkpoint import CheckpointReader, StepWriter
@@ -119,11 +118,7 @@ def _write_leaves(target, rules, tensors, table, digest, model, words) -> None:
       print(f"going on: {len(rules) - len(todo)} of {len(rules)} are done")
     with progress_bar("converting tensors", len(todo)) as bar:
       for rule in todo:
-        found = [tensors.read(name) for name in rule.names]
-        for path, leaf in zip(rule.paths, rule.load(found), strict=True):
-          name = "/".join(path)
-          if name in pending:
-            writer.write(name, _cast(leaf, table[name].dtype))
+        _write_rule(rule, tensors, table, writer, pending)
         bar.advance()
     meta = {
       "step": STEP,
@@ -137,8 +132,16 @@ def _write_leaves(target, rules, tensors, table, digest, model, words) -> None:
     writer.commit(meta)
 
 
-def _cast(array: np.ndarray, dtype: str) -> np.ndarray:
-  return array.astype(jnp.dtype(dtype), copy=False)
+def _write_rule(rule, tensors, table, writer, pending) -> None:
+  """A function, so that nothing of it is in memory when the next begins."""
+  found = [tensors.read(name) for name in rule.names]
+  leaves = rule.load(found)
+  del found
+  for path, leaf in zip(rule.paths, leaves, strict=True):
+    name = "/".join(path)
+    if name in pending:
+      dtype = jnp.dtype(table[name].dtype)
+      writer.write(name, leaf.astype(dtype, copy=False))
 
 
 def _is_done(target: Path, digest: str) -> bool:
@@ -172,7 +175,8 @@ def _write_files(source, target, model, words) -> None:
 
 
 def _config(target: Path, model: ModelConfig, words: Tokenizer) -> Config:
-  name = "byte" if words.name == "byte" else str(target / "tokenizer.json")
+  path = os.path.abspath(target / "tokenizer.json")
+  name = "byte" if words.name == "byte" else path
   return Config(
     model=model, data=dataclasses.replace(DataConfig(), tokenizer=name)
   )

@@ -105,9 +105,8 @@ def hub_values(
   closest = ("", [""] * 99)
   for name in [wanted] if wanted else FAMILIES:
     family = FAMILIES[name]
-    values = {"model_type": name} | family.write_config(model)
-    if family.model_class:
-      values["architectures"] = [family.model_class]
+    head = {"architectures": [family.model_class]} if family.model_class else {}
+    values = head | {"model_type": name} | family.write_config(model)
     lost = _lost(family, values, model)
     if not lost:
       # Also those that are not there: classes have ids of their own.
@@ -214,9 +213,9 @@ def _write_shards(target, shards, leaves, model) -> dict[str, Any]:
 
 def _arrays(shard, leaves, model, bar) -> Iterator[np.ndarray]:
   for rule, entries in shard:
-    tensors = hub_tensors(rule, leaves, model)
-    for entry, tensor in zip(entries, tensors, strict=True):
-      yield tensor.astype(jnp.dtype(entry.dtype), copy=False)
+    tensors = list(hub_tensors(rule, leaves, model))
+    for entry in entries:  # each is let go when it is written
+      yield tensors.pop(0).astype(jnp.dtype(entry.dtype), copy=False)
     bar.advance()
 
 
