@@ -20,7 +20,7 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test test-fast lint format constraints clean
+.PHONY: help quickstart install install-hf test test-fast lint format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' \
@@ -33,6 +33,9 @@ quickstart: $(VENV)/.installed  ## install, train the tiny model, let it write
 	@echo "report: $(RUN)/report/index.html"
 
 install: $(VENV)/.installed-dev  ## moejax, editable, with the tools of a developer
+
+install-hf: $(VENV)/.installed-dev  ## torch and transformers, for the tests behind [hf]
+	@$(PIP) -c constraints.txt -e '.[dev,hf]'
 
 test: $(VENV)/.installed-dev  ## all tests; ARGS="-k routing" narrows them
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run's checkpoint as a hub's folder, one tensor at a time."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax import runs
 from moejax.checkpoint import CheckpointReader, LeafReader
+from moejax.checkpoint.leaves import describe
 from moejax.config import Config, ModelConfig, differences
 from moejax.convert import hub_files
 from moejax.convert.from_hf import HUB, hub_config
@@ -21,8 +24,10 @@ from moejax.convert.hub_files import Entry
 from moejax.convert.hub_tokenizer import special_ids, write_tokenizer
 from moejax.convert.load import FAMILIES, Family
 from moejax.convert.rules import Rule
+from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError, DataError, UserError
 from moejax.files import write_atomically
+from moejax.models import Variables
 from moejax.progress import format_bytes, progress_bar
 
 ITEMS = ("params", "router_state")
@@ -56,46 +61,124 @@ def to_hf(
     UserError: no family fits, the target holds something else, or the disk is
       full.
   """
-  source, target = Path(source), Path(target)
-  config = runs.read_config(source)
-  name, values = hub_values(source, config.model, family)
+  source = Path(source)
+  config, words = runs.read_config(source), runs.read_tokenizer(source)
+  name, values = hub_values(config.model, words, hub_config(source), family)
   checkpoints = CheckpointReader(runs.checkpoint_folder(source))
   found, meta, leaves = checkpoints.open_leaves(ITEMS, step)
-  entries = [
-    (rule, rule_entries(rule, leaves, config.model, dtype))
-    for rule in FAMILIES[name].rules(config.model)
-  ]
-  shards = _shards(entries, shard_bytes)
-  mark = {"step": found, "tokenizer": meta["tokenizer"], "dtype": str(dtype)}
-  mark |= {"from": os.path.abspath(source), "shards": len(shards)}
-  try:
-    _begin(target, mark)
-    index = _write_shards(target, shards, leaves, config.model)
-    _write_tokenizer(source, target)
-    if len(shards) > 1:
-      text = json.dumps(index, indent=2)
-      write_atomically(target / hub_files.INDEX, text)
-    text = json.dumps(_stamped(values, entries), indent=2) + "\n"
-    write_atomically(target / "config.json", text)
-    (target / JOURNAL).unlink()
-  except OSError as e:
-    raise UserError(
-      f"cannot write {e.filename or target}: {e.strerror or e}; the same "
-      "command goes on with the files that are missing"
-    ) from e
-  size = sum(entry.num_bytes for _, some in entries for entry in some)
+  mark = {"from": os.path.abspath(source), "step": found}
+  mark |= {"tokenizer": meta["tokenizer"]}
+  export = Export(Path(target), name, values, config.model, leaves, dtype)
+  size = export.write(words, source / HUB, mark, shard_bytes)
   print(f"{target}: {name}, {format_bytes(size)} of weights, step {found}")
 
 
+def save_hf(
+  target: str | os.PathLike,
+  config: ModelConfig,
+  variables: Variables,
+  tokenizer: Tokenizer,
+  family: str | None = None,
+  dtype: str | None = None,
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Makes a hub's folder of a model in memory: the way back from `load_hf`.
+
+  Args:
+    target: new or empty.
+    config, variables, tokenizer: the model, layers stacked or apart.
+    family, dtype, shard_bytes: as in `to_hf`.
+
+  Raises:
+    UserError: no family fits, the target is not empty, or the disk is full.
+  """
+  name, values = hub_values(config, tokenizer, None, family)
+  leaves = TreeReader(variables)
+  export = Export(Path(target), name, values, config, leaves, dtype)
+  export.write(tokenizer, None, {"from": "memory"}, shard_bytes)
+
+
+class TreeReader:
+  """Leaves of a tree in memory, read as those of a checkpoint."""
+
+  def __init__(self, variables: Variables):
+    self.table = describe(variables)
+    self._leaves = dict(zip(self.table, jax.tree.leaves(variables)))
+
+  def read(self, name: str, index: int | None = None) -> np.ndarray:
+    leaf = np.asarray(self._leaves[name])
+    return leaf if index is None else leaf[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """A model on its way to a hub's folder.
+
+  Attributes:
+    target: the folder.
+    family: its model_type.
+    values: its config.json.
+    model: the config of what `leaves` holds.
+    leaves: the weights.
+    dtype: to write them in; None keeps theirs.
+  """
+
+  target: Path
+  family: str
+  values: dict[str, Any]
+  model: ModelConfig
+  leaves: LeafReader | TreeReader
+  dtype: str | None
+
+  def write(
+    self,
+    words: Tokenizer,
+    carried: Path | None,
+    mark: dict[str, Any],
+    shard_bytes: int,
+  ) -> int:
+    """Writes all files, config.json last; returns the bytes of the weights."""
+    entries = [
+      (rule, rule_entries(rule, self.leaves, self.model, self.dtype))
+      for rule in FAMILIES[self.family].rules(self.model)
+    ]
+    shards = _shards(entries, shard_bytes)
+    mark |= {"dtype": str(self.dtype), "shards": len(shards)}
+    target = self.target
+    try:
+      _begin(target, mark)
+      index = _write_shards(target, shards, self.leaves, self.model)
+      _write_tokenizer(words, carried, target)
+      if len(shards) > 1:
+        text = json.dumps(index, indent=2)
+        write_atomically(target / hub_files.INDEX, text)
+      text = json.dumps(_stamped(self.values, entries), indent=2) + "\n"
+      write_atomically(target / "config.json", text)
+      (target / JOURNAL).unlink()
+    except OSError as e:
+      raise UserError(
+        f"cannot write {e.filename or target}: {e.strerror or e}; the same "
+        "command goes on with the files that are missing"
+      ) from e
+    return sum(entry.num_bytes for _, some in entries for entry in some)
+
+
 def hub_values(
-  source: Path, model: ModelConfig, wanted: str | None
+  model: ModelConfig,
+  words: Tokenizer,
+  kept: dict[str, Any] | None,
+  wanted: str | None,
 ) -> tuple[str, dict[str, Any]]:
   """The family and the config.json of a model.
+
+  Args:
+    model, words: what is exported.
+    kept: the config.json it came with, which is used as long as it is true.
+    wanted: a model_type; None takes what fits.
 
   Raises:
     ConfigError: no family can say what it is, or the wanted one cannot.
   """
-  kept = hub_config(source)
   if kept is not None and wanted in (None, kept["model_type"]):
     if not _lost(FAMILIES[kept["model_type"]], kept, model):
       kept.pop("auto_map", None)  # names code that is not carried along
@@ -110,7 +193,7 @@ def hub_values(
     lost = _lost(family, values, model)
     if not lost:
       # Also those that are not there: classes have ids of their own.
-      return name, values | special_ids(runs.read_tokenizer(source))
+      return name, values | special_ids(words)
     closest = min(closest, (name, lost), key=lambda x: len(x[1]))
   raise ConfigError(
     f"no family of the hub is this model; {closest[0]} comes nearest and "
@@ -219,12 +302,14 @@ def _arrays(shard, leaves, model, bar) -> Iterator[np.ndarray]:
     bar.advance()
 
 
-def _write_tokenizer(source: Path, target: Path) -> None:
-  """The tokenizer's files, the hub's own if the run came from there."""
-  if (source / HUB).is_dir():
-    hub_files.copy_carried(source / HUB, target)
+def _write_tokenizer(
+  words: Tokenizer, carried: Path | None, target: Path
+) -> None:
+  """The tokenizer's files, the hub's own if the model came from there."""
+  if carried is not None and carried.is_dir():
+    hub_files.copy_carried(carried, target)
   if not (target / "tokenizer.json").exists():
-    write_tokenizer(runs.read_tokenizer(source), target)
+    write_tokenizer(words, target)
 
 
 def _stamped(values: dict[str, Any], entries) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hub folder -> run -> hub folder: equal bytes, whatever happens between."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,17 +12,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import moejax.convert
 from moejax import runs
 from moejax.checkpoint import CheckpointReader, StepWriter
 from moejax.cli import load_config_file
 from moejax.config import Config
 from moejax.convert.check import check
 from moejax.convert.from_hf import from_hf
+from moejax.convert.hub_export import architecture
 from moejax.convert.hub_files import safetensors_header
 from moejax.convert.to_hf import to_hf
-from moejax.data.tokenizer import ByteTokenizer
+from moejax.data.tokenizer import ByteTokenizer, load_tokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.generate import generate_tokens
+from moejax.models import stack_repeats
 from moejax.sampling import Sampling
 from tests.convert import families as hf
 from tests.convert.hub_folder import write
@@ -294,6 +298,23 @@ def test_the_header_is_the_librarys(tmp_path):
   with safe_open(tmp_path / "back/model.safetensors", "np") as file:
     assert file.metadata() == {"format": "pt"}
   assert len(safetensors_header([])) % 8 == 0
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_model_in_memory(scan_layers, tmp_path):
+  family = next(f for f in hf.FAMILIES if f.name == "qwen3_moe")
+  hub = write(tmp_path / "hub", family)
+  config, variables = moejax.convert.load_hf(hub)
+  if scan_layers:
+    config = dataclasses.replace(config, scan_layers=True)
+    variables = stack_repeats(config, variables)
+  words = load_tokenizer(hub)
+  moejax.convert.save_hf(tmp_path / "back", config, variables, words)
+  assert_same_bytes(weights(tmp_path / "back"), hf.tensors(family))
+  again, _ = moejax.convert.load_hf(tmp_path / "back")
+  assert architecture(again) == architecture(config)
+  with pytest.raises(DataError, match="is not empty"):
+    moejax.convert.save_hf(tmp_path / "back", config, variables, words)
 
 
 @EACH
