@@ -60,13 +60,13 @@ class LayerConfig:
 
   Mixers: `attention`; `shared_kv`, attention over the keys and values of the
   last layer that has its own (cross-layer attention); `moa`, a mixture of
-  attention heads. Ffns: `moe`, `mlp`.
+  attention heads; `mla`, latent attention. Ffns: `moe`, `mlp`.
   """
 
   mixer: str
   ffn: str
 
-  MIXERS = ("attention", "shared_kv", "moa")
+  MIXERS = ("attention", "shared_kv", "moa", "mla")
   FFNS = ("moe", "mlp")
 
   @classmethod
@@ -144,7 +144,33 @@ class MoEConfig:
 
 
 # Name and options of each way to stretch RoPE.
-ROPE_SCALINGS = {"none": (), "linear": ("factor",), "ntk": ("alpha",)}
+ROPE_SCALINGS = {
+  "none": (),
+  "linear": ("factor",),
+  "ntk": ("alpha",),
+  "yarn": (
+    "factor", "original", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+  ),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MLAConfig:
+  """Latent attention, of `mla` layers."""
+
+  q_rank: int = option(1536, "width of the queries' latent; 0 is none")
+  kv_rank: int = option(512, "width of the keys' and values' latent")
+  nope_dim: int = option(128, "channels of a query that are not rotated")
+  rope_dim: int = option(64, "channels that are; their key serves all heads")
+  v_dim: int = option(128, "channels of a head's value")
+
+  def __post_init__(self):
+    require(self.q_rank >= 0, "model.mla.q_rank is negative")
+    require_positive("model.mla", self, "kv_rank", "nope_dim", "v_dim")
+    require(
+      self.rope_dim > 0 and self.rope_dim % 2 == 0,
+      f"model.mla.rope_dim={self.rope_dim} is not even; RoPE rotates pairs",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +189,7 @@ class ModelConfig:
   head_dim: int = option(128, "size H of one head")
   d_mlp: int = option(8192, "hidden width of dense `mlp` layers")
   moe: MoEConfig = section(MoEConfig, "mixture-of-experts layers")
+  mla: MLAConfig = section(MLAConfig, "latent attention")
   qk_norm: str = option(
     "full",
     "norm of queries and keys: none, full (all heads at once), head, or "
@@ -182,7 +209,9 @@ class ModelConfig:
   rope_theta: float = option(10000.0, "RoPE base")
   rope_scaling: str = option(
     "none",
-    "none, linear(factor=...) or ntk(alpha=...)",
+    "none, linear(factor=...), ntk(alpha=...), or yarn(factor=..., "
+    "original=..., beta_fast=..., beta_slow=..., mscale=..., "
+    "mscale_all_dim=...)",
   )
   tie_embeddings: bool = option(False, "output table = input table")
   init_std: float = option(0.02, "std of the normal init, cut at 3 std")
@@ -243,6 +272,17 @@ class ModelConfig:
     for stack in (self.prefix_layers, self.pattern_layers):
       self._check_stack(stack)
     assert self.rope_scaling_spec  # parses, and so checks it
+    if self.uses_mla:
+      require(
+        all(layer.mixer == "mla" for layer in self.layers),
+        "mla layers rotate fewer channels than others do: all layers must be "
+        "mla, or none",
+      )
+      require(
+        self.qk_norm == "none" and self.clip_qkv == 0,
+        "mla layers have no QK-norm and no clip: model.qk_norm=none, "
+        "model.clip_qkv=0",
+      )
 
   def _check_stack(self, layers: tuple[LayerConfig, ...]) -> None:
     mixers = [layer.mixer for layer in layers]
@@ -281,11 +321,36 @@ class ModelConfig:
     require(
       set(spec.kwargs) == set(options)
       and all(isinstance(v, (int, float)) for v in spec.kwargs.values())
-      and all(v > 0 for v in spec.kwargs.values()),
+      and all(
+        v > 0 or (v == 0 and name == "mscale_all_dim")
+        for name, v in spec.kwargs.items()
+      ),
       f"model.rope_scaling={self.rope_scaling!r}: {spec.name} takes "
       f"{', '.join(options) or 'no options'}, positive numbers",
     )
     return spec
+
+  @property
+  def uses_mla(self) -> bool:
+    return any(layer.mixer == "mla" for layer in self.layers)
+
+  @property
+  def rope_dim(self) -> int:
+    """Channels of a head that RoPE rotates."""
+    return self.mla.rope_dim if self.uses_mla else self.head_dim
+
+  @property
+  def score_and_value_dims(self) -> tuple[int, int]:
+    """Channels of a head's scores and of its values."""
+    if self.uses_mla:
+      return self.mla.nope_dim + self.mla.rope_dim, self.mla.v_dim
+    return self.head_dim, self.head_dim
+
+  def cache_shape(self, layer: LayerConfig) -> tuple[int, int, int]:
+    """(heads, channels of keys, channels of values) that a token caches."""
+    if layer.mixer == "mla":
+      return 1, self.mla.kv_rank + self.mla.rope_dim, 0
+    return self.num_kv_heads, self.head_dim, self.head_dim
 
   @property
   def prefix_layers(self) -> tuple[LayerConfig, ...]:

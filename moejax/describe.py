@@ -48,8 +48,8 @@ def _work(config: Config) -> list[str]:
 
 def _plain_cache(model: ModelConfig) -> int:
   """With keys and values of each query head in each layer (MHA)."""
-  heads = model.num_layers * model.num_heads * model.head_dim
-  return 2 * heads * dtype_bytes(model)
+  heads = model.num_layers * model.num_heads
+  return heads * sum(model.score_and_value_dims) * dtype_bytes(model)
 
 
 def _memory(config: Config) -> list[str]:

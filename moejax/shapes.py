@@ -12,8 +12,9 @@ same rule (`w_gate_EDF`), and einsum letters match the suffixes.
   K  key/value heads            V  vocabulary
   H  size of one head           L  layers
   G  query heads per KV head    R  repeats of the layer pattern
+  Z  width of a latent vector
 
 Where a layer flattens its rows, `T` counts all of the batch's tokens.
 """
 
-LEGEND = "BTSDNKHGEXACFVLR"
+LEGEND = "BTSDNKHGEXACFVLRZ"

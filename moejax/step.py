@@ -13,8 +13,9 @@ import optax
 from moejax import losses
 from moejax.config import Config
 from moejax.models import Rows, Transformer, Variables, init_variables
+from moejax.models.router_state import as_router_state
 from moejax.optimizer import make_optimizer, make_schedule
-from moejax.routing import RouterStats
+from moejax.routing import RouterStats, balance, resolve
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -44,7 +45,8 @@ class TrainState:
   @property
   def variables(self) -> Variables:
     """What the model is applied with."""
-    return {"params": self.params}
+    state = {"router_state": self.router_state} if self.router_state else {}
+    return {"params": self.params, **state}
 
 
 def device_batch(batch: dict[str, np.ndarray]) -> Batch:
@@ -55,13 +57,16 @@ def device_batch(batch: dict[str, np.ndarray]) -> Batch:
 def init_state(config: Config, model: Transformer) -> TrainState:
   """A fresh state from the config's seed."""
   params_key, rng = jax.random.split(jax.random.key(config.seed))
-  params = init_variables(model, params_key)["params"]
+  variables = init_variables(model, params_key)
+  params = variables["params"]
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
-    router_state={},
+    router_state=(
+      variables["router_state"] if "router_state" in variables else {}
+    ),
     rng=rng,
   )
 
@@ -99,9 +104,20 @@ def make_train_step(
       metrics["load_LE"] = losses.load_shares(stats)
     params = optax.apply_updates(state.params, updates)
     metrics["param_norm"] = optax.tree.norm(params)  # after the update
+    router_state = state.router_state
+    if router_state:
+      rate = balance.bias_rate(resolve(config.model.moe.router_spec))
+      # Of the whole batch, so the same however it was split.
+      counts = as_router_state(config.model, stats.count_BE.sum(1))
+      router_state = balance.update_state(router_state, counts, rate)
+      biases = jax.tree.leaves(router_state)
+      metrics["router/bias_max"] = jnp.stack(
+        [jnp.abs(b).max() for b in biases]
+      ).max()
     state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state
-    )
+      step=state.step + 1, params=params, opt_state=opt_state,
+      router_state=router_state,
+    )  # fmt: skip
     return state, metrics
 
   return train_step

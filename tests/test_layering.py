@@ -237,7 +237,7 @@ BAD = [
   (sizes, "moejax.step", "def train():\n" + "  x = 1\n" * MAX_FUNCTION),
   (names, "moejax.data.utils", LICENCE),
   (names, "moejax.data.rows", "import jax"),
-  (suffixes, "moejax.losses", "logits_BTZ = 1"),
+  (suffixes, "moejax.losses", "logits_BTQ = 1"),
   (suffixes, "moejax.losses", "def f(x_Q): pass"),
 ]
 

@@ -22,6 +22,7 @@ PUBLISHED = {
   "mixtral_8x7b": (46_702_792_704, 12_879_925_248),
   "qwen3_30b_a3b": (30_532_122_624, 3_353_032_704),
   "flex_olmo_7x7b": (33_270_665_216, 24_613_621_760),
+  "deepseek_v3": (671_026_419_200, 37_552_297_472),  # one prediction head
 }
 
 
@@ -39,8 +40,13 @@ def test_counts_are_those_published_and_of_the_real_tree(name, arg):
   model = build(config.model)
   state = jax.eval_shape(lambda: init_state(config, model))
   size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  assert size(state.params) == counts.num_params
-  assert size(state.opt_state) >= 2 * counts.num_params
+  assert size(state.variables) == counts.num_params
+  routers = sum(layer.num_routers for layer in config.model.layers)
+  biased = "group_limited" in config.model.moe.router
+  assert size(state.router_state) == biased * routers * (
+    config.model.moe.num_experts
+  )
+  assert size(state.opt_state) >= 2 * size(state.params)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -14,7 +14,13 @@ from tests.test_published import read
 
 B, T, STEPS = 2, 32, 6
 # The other configs are made of the same parts.
-SYSTEMS = ("olmoe_1b_7b", "jetmoe_8b", "dbrx_132b", "hunyuan_large")
+SYSTEMS = (
+  "olmoe_1b_7b",
+  "jetmoe_8b",
+  "dbrx_132b",
+  "hunyuan_large",
+  "deepseek_v3",
+)
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

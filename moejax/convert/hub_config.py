@@ -4,7 +4,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moejax.config import ROPE_SCALINGS
 from moejax.errors import DataError
+from moejax.spec import Spec
 
 _REQUIRED = object()
 # Says nothing about the architecture: training, tokens, files, generation.
@@ -82,13 +84,36 @@ def _scaling(values: Mapping[str, Any]) -> str:
     return "none"
   if kind == "linear":
     return f"linear(factor={float(values['factor'])})"
+  if kind == "yarn":
+    return _yarn(values)
   # Hunyuan calls it dynamic; nothing in it is.
   if kind == "dynamic" and "alpha" in values and values["alpha"]:
     return f"ntk(alpha={float(values['alpha'])})"
   raise DataError(
-    f"config.json: RoPE scaling {dict(values)} is not supported; linear, and "
-    "dynamic with alpha, are"
+    f"config.json: RoPE scaling {dict(values)} is not supported; linear, "
+    "yarn, and dynamic with alpha are"
   )
+
+
+def _yarn(values: Mapping[str, Any]) -> str:
+  """transformers' defaults and its rule for the two magnitudes."""
+  known = {
+    "factor": None, "original_max_position_embeddings": None,
+    "beta_fast": 32, "beta_slow": 1, "mscale": 0, "mscale_all_dim": 0,
+  }  # fmt: skip
+  other = set(values) - set(known) - {"type", "rope_type", "rope_theta"}
+  found = known | {k: values[k] for k in known if k in values}
+  if other or None in found.values():
+    raise DataError(
+      f"config.json: RoPE scaling {dict(values)}: yarn takes factor and "
+      f"original_max_position_embeddings, and at most {', '.join(known)}"
+    )
+  numbers = {name: float(x) for name, x in found.items()}
+  numbers["original"] = numbers.pop("original_max_position_embeddings")
+  if not (numbers["mscale"] and numbers["mscale_all_dim"]):
+    numbers["mscale"] = 1.0
+  order = ROPE_SCALINGS["yarn"]
+  return str(Spec("yarn", {name: numbers[name] for name in order}))
 
 
 def stack(kinds: Sequence[str]) -> dict[str, Any]:
@@ -109,6 +134,15 @@ def stack(kinds: Sequence[str]) -> dict[str, Any]:
   }
 
 
+def refuse_constant_weights(k: int, renormalize: bool) -> None:
+  """Raises DataError if the router's weights do not depend on it."""
+  if renormalize and k == 1:
+    raise DataError(
+      "config.json: weights renormalised over one expert are always 1, which "
+      "leaves the router without a gradient; not supported"
+    )
+
+
 def top_k(k: int, renormalize: bool) -> str:
   """The router of a config.
 
@@ -116,10 +150,6 @@ def top_k(k: int, renormalize: bool) -> str:
     DataError: renormalised at k = 1, where the weight is 1 whatever the router
       says and no gradient reaches it; `moejax.routing.top_k` refuses it too.
   """
-  if renormalize and k == 1:
-    raise DataError(
-      "config.json: weights renormalised over one expert are always 1, which "
-      "leaves the router without a gradient; not supported"
-    )
+  refuse_constant_weights(k, renormalize)
   more = ", renormalize=True" if renormalize else ""
   return f"top_k(k={k}{more})"

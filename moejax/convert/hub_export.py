@@ -13,6 +13,13 @@ from moejax.spec import Spec
 
 # The routers whose choice in evaluation is plain top-k.
 _TRAINED_AS = {"recycle": "top_k(k=1)"}
+_DEFAULTS = {
+  "group_limited": {
+    "num_groups": 1, "topk_groups": 1, "scale": 1.0, "renormalize": True,
+  },
+  "top_k": {"renormalize": False, "score": "softmax"},
+}  # fmt: skip
+_OF_TRAINING = ("jitter", "bias_rate")
 
 
 def olmoe(config: ModelConfig) -> dict[str, Any]:
@@ -118,10 +125,41 @@ def hunyuan_large(config: ModelConfig) -> dict[str, Any]:
   }
 
 
+def deepseek_v3(config: ModelConfig) -> dict[str, Any]:
+  mla, router = config.mla, _options(config.moe)
+  dense = [layer.ffn == "mlp" for layer in config.layers]
+  return _llama(config) | {
+    "q_lora_rank": mla.q_rank or None,
+    "kv_lora_rank": mla.kv_rank,
+    "qk_nope_head_dim": mla.nope_dim,
+    "qk_rope_head_dim": mla.rope_dim,
+    "v_head_dim": mla.v_dim,
+    "intermediate_size": config.d_mlp,
+    "moe_intermediate_size": config.moe.d_expert,
+    "first_k_dense_replace": dense.index(False) if False in dense else 0,
+    "n_routed_experts": config.moe.num_experts,
+    "n_shared_experts": config.moe.num_shared_experts,
+    "num_experts_per_tok": config.moe.experts_per_token,
+    "n_group": router["num_groups"],
+    "topk_group": router["topk_groups"],
+    "routed_scaling_factor": router["scale"],
+    "norm_topk_prob": router["renormalize"],
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "rope_interleave": True,
+  }
+
+
 def renormalizes(config: ModelConfig) -> bool:
-  """Whether the router is `top_k` with `renormalize=True`."""
-  kwargs = config.moe.router_spec.kwargs
-  return "renormalize" in kwargs and bool(kwargs["renormalize"])
+  return bool(_options(config.moe)["renormalize"])
+
+
+def _options(moe: MoEConfig) -> dict[str, Any]:
+  """The router's options; those of all families' routers have a value."""
+  spec = moe.router_spec
+  plain = {k: v for known in _DEFAULTS.values() for k, v in known.items()}
+  mine = _DEFAULTS[spec.name] if spec.name in _DEFAULTS else {}
+  return plain | mine | spec.kwargs
 
 
 def architecture(config: ModelConfig) -> ModelConfig:
@@ -136,8 +174,9 @@ def architecture(config: ModelConfig) -> ModelConfig:
     config,
     prefix=tuple(f"{x.mixer}/{x.ffn}" for x in config.layers),
     pattern=plain.pattern,
-    num_heads=config.num_heads,
+    mla=config.mla if config.uses_mla else plain.mla,
     d_mlp=config.d_mlp if "mlp" in ffns else plain.d_mlp,
+    rope_scaling=str(_floats(config.rope_scaling_spec)),
     final_norm_eps=config.final_norm_eps or config.norm_eps,
     scan_layers=False,
     moe=dataclasses.replace(
@@ -153,16 +192,20 @@ def architecture(config: ModelConfig) -> ModelConfig:
   )
 
 
+def _floats(spec: Spec) -> Spec:
+  return Spec(spec.name, {k: float(v) for k, v in sorted(spec.kwargs.items())})
+
+
 def _plain_router(moe: MoEConfig) -> str:
   """The router as it is in evaluation, options at their defaults left out."""
   spec = moe.router_spec
   if spec.name in _TRAINED_AS:
     return _TRAINED_AS[spec.name]
-  defaults = {"renormalize": False, "score": "softmax"}
+  defaults = _DEFAULTS[spec.name] if spec.name in _DEFAULTS else {}
   kwargs = {
     name: value
     for name, value in sorted(spec.kwargs.items())
-    if name != "jitter" and (name, value) not in defaults.items()
+    if name not in _OF_TRAINING and (name, value) not in defaults.items()
   }
   return str(Spec(spec.name, kwargs))
 
@@ -172,10 +215,18 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
   spec = config.rope_scaling_spec
   scaling = {
     "none": {"rope_type": "default"},
-    "linear": {"rope_type": "linear"} | spec.kwargs,
-    "ntk": {"rope_type": "dynamic", "factor": 1.0} | spec.kwargs,
-  }[spec.name]
-  return {
+    "linear": {"rope_type": "linear"},
+    "ntk": {"rope_type": "dynamic", "factor": 1.0},
+    "yarn": {"rope_type": "yarn"},
+  }[spec.name] | spec.kwargs
+  if "original" in scaling:
+    scaling["original_max_position_embeddings"] = int(scaling.pop("original"))
+  # transformers warns where the stretched length is not this product.
+  longest = {}
+  if spec.name == "yarn":
+    length = int(spec.kwargs["factor"] * spec.kwargs["original"])
+    longest = {"max_position_embeddings": length}
+  return longest | {
     "rope_theta": config.rope_theta,
     "rope_parameters": scaling | {"rope_theta": config.rope_theta},
   }

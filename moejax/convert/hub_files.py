@@ -119,8 +119,12 @@ def copy_carried(source: Path, target: Path) -> list[str]:
   return found
 
 
-def check_tensors(rules: Iterable[Rule], tensors: Tensors) -> None:
+def check_tensors(
+  rules: Iterable[Rule], tensors: Tensors, ignored: str | None = None
+) -> None:
   """Every tensor of the rules is there, of its shape, and none else.
+
+  Names that begin with `ignored` may be there, which is said.
 
   Raises:
     DataError: naming the first tensor that is not so.
@@ -140,6 +144,10 @@ def check_tensors(rules: Iterable[Rule], tensors: Tensors) -> None:
           f"{', '.join(DTYPES.values())} are read, so dequantise it first"
         )
       unknown.remove(name)
+  left_out = {n for n in unknown if ignored and n.startswith(ignored)}
+  if left_out:
+    print(f"note: {len(left_out)} tensors {ignored}* are left out")
+  unknown -= left_out
   if unknown:
     raise DataError(
       f"{len(unknown)} tensors that this architecture does not have, such as "

@@ -3,7 +3,14 @@
 
 from typing import Any
 
-from moejax.convert.hub_config import HubConfig, rope, stack, top_k
+from moejax.convert.hub_config import (
+  HubConfig,
+  refuse_constant_weights,
+  rope,
+  stack,
+  top_k,
+)
+from moejax.spec import Spec
 
 
 def olmoe(hub: HubConfig) -> dict[str, Any]:
@@ -134,6 +141,50 @@ def hunyuan_large(hub: HubConfig) -> dict[str, Any]:
     for i in range(values["num_layers"])
   ]
   return values | stack(kinds)
+
+
+def deepseek_v3(hub: HubConfig) -> dict[str, Any]:
+  for name, value in (
+    ("scoring_func", "sigmoid"), ("topk_method", "noaux_tc"),
+    ("moe_layer_freq", 1), ("rope_interleave", True),
+  ):  # fmt: skip
+    hub.expect(name, value)
+  # Of training, of how it is split, or said elsewhere.
+  for name in (
+    "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers",
+    "head_dim", "qk_head_dim",
+  ):  # fmt: skip
+    hub.take(name, default=None)
+  dense, L = hub.take("first_k_dense_replace"), hub.take("num_hidden_layers")
+  kinds = ["mla/mlp"] * min(dense, L) + ["mla/moe"] * max(L - dense, 0)
+  router = {
+    "k": hub.take("num_experts_per_tok"),
+    "num_groups": hub.take("n_group"),
+    "topk_groups": hub.take("topk_group"),
+    "scale": float(hub.take("routed_scaling_factor")),
+    "renormalize": hub.take("norm_topk_prob"),
+  }
+  refuse_constant_weights(router["k"], router["renormalize"])
+  nope, rotated = hub.take("qk_nope_head_dim"), hub.take("qk_rope_head_dim")
+  values = _llama(hub, 1e-6)
+  return values | stack(kinds) | {
+    "num_kv_heads": values["num_heads"],
+    "head_dim": nope + rotated,
+    "mla": {
+      "q_rank": hub.take("q_lora_rank", default=0),
+      "kv_rank": hub.take("kv_lora_rank"),
+      "nope_dim": nope,
+      "rope_dim": rotated,
+      "v_dim": hub.take("v_head_dim"),
+    },
+    "d_mlp": hub.take("intermediate_size"),
+    "moe": {
+      "num_experts": hub.take("n_routed_experts", "num_local_experts"),
+      "d_expert": hub.take("moe_intermediate_size"),
+      "num_shared_experts": hub.take("n_shared_experts"),
+      "router": str(Spec("group_limited", router)),
+    },
+  }  # fmt: skip
 
 
 def _hunyuan(hub: HubConfig, renormalize: bool) -> dict[str, Any]:

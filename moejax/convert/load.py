@@ -9,6 +9,7 @@ from typing import Any
 from moejax.config import Config, ModelConfig
 from moejax.convert import (
   dbrx,
+  deepseek,
   fused,
   hub_export,
   hub_models,
@@ -66,6 +67,10 @@ FAMILIES = {
   ),
   "dbrx": Family(
     hub_models.dbrx, hub_export.dbrx, dbrx.dbrx, "DbrxForCausalLM"
+  ),
+  "deepseek_v3": Family(
+    hub_models.deepseek_v3, hub_export.deepseek_v3, deepseek.deepseek_v3,
+    "DeepseekV3ForCausalLM",
   ),
   "hunyuan": Family(
     hub_models.hunyuan_large, hub_export.hunyuan_large, hunyuan.hunyuan, ""
@@ -146,7 +151,10 @@ def matching_rules(
     DataError: naming the first tensor that is missing, unknown or misshapen.
   """
   rules = fused.meet(family.rules(config), tensors.names())
-  check_tensors(rules, tensors)
+  # DeepSeek-V3's second prediction head stands behind the last layer.
+  beyond = f"model.layers.{config.num_layers}."
+  beyond = beyond if family is FAMILIES["deepseek_v3"] else None
+  check_tensors(rules, tensors, beyond)
   return rules
 
 

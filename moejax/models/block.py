@@ -8,6 +8,7 @@ import jax
 
 from moejax.config import LayerConfig, ModelConfig
 from moejax.models.attention import Attention
+from moejax.models.latent_attention import LatentAttention
 from moejax.models.layers import Mlp, Norm
 from moejax.models.moe import Dispatch, MoE
 from moejax.models.moe_attention import MoEAttention
@@ -89,6 +90,10 @@ class Block(nn.Module):
       )
       h_BTD, stats, cache, shared = moa(h_BTD, context, layer, cache)
       return h_BTD, (stats,), cache, shared
+    if mixer == "mla":
+      latent = LatentAttention(*where, name="attention")
+      h_BTD, cache, shared = latent(h_BTD, context, cache)
+      return h_BTD, (), cache, shared
     attention = Attention(*where, mixer == "shared_kv", name="attention")
     h_BTD, cache, shared = attention(h_BTD, context, cache, shared)
     return h_BTD, (), cache, shared

@@ -5,6 +5,8 @@ import dataclasses
 from typing import Self
 
 from moejax.config import LayerConfig, ModelConfig
+from moejax.routing import resolve
+from moejax.routing.balance import has_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +14,7 @@ class Counts:
   """Parameters of a model or of a part of it.
 
   Attributes:
-    num_params: all.
+    num_params: all, the biases of routers that have them included.
     num_active_params: those that one token uses, embedding tables included
       (tied: once), as the published systems count them.
     matmul_params: active parameters that multiply a token: no norms, no input
@@ -52,9 +54,12 @@ def count_parts(config: ModelConfig) -> dict[str, Counts]:
 
 def kv_bytes_per_token(config: ModelConfig) -> int:
   """Bytes of the KV cache that one token takes in all layers."""
-  floats = 2 * config.num_kv_heads * config.head_dim
-  layers = sum(layer.has_kv for layer in config.layers)
-  return layers * floats * dtype_bytes(config)
+  floats = 0
+  for layer in config.layers:
+    if layer.has_kv:
+      heads, *widths = config.cache_shape(layer)
+      floats += heads * sum(widths)
+  return floats * dtype_bytes(config)
 
 
 def dtype_bytes(config: ModelConfig) -> int:
@@ -86,7 +91,11 @@ def _mixer(config: ModelConfig, layer: LayerConfig):
     yield "attention's keys, values", _always(keys)
     yield "attention's experts", _routed(config, 2 * D * H * kv_heads)
     yield "routers", _always(D * config.moe.num_experts)
+    yield _router_biases(config)
     yield _bias(config)
+    return
+  if layer.mixer == "mla":
+    yield from _latent(config)
     return
   yield "attention", _always(2 * D * H * heads + layer.has_kv * keys)
   gains = {
@@ -94,6 +103,17 @@ def _mixer(config: ModelConfig, layer: LayerConfig):
     "full": H * (heads + kv_heads),
   }[config.qk_norm]  # fmt: skip
   yield "QK-norms", Counts(gains, gains, 0)
+
+
+def _latent(config: ModelConfig):
+  D, N, mla = config.d_model, config.num_heads, config.mla
+  H = mla.nope_dim + mla.rope_dim
+  queries = mla.q_rank * (D + N * H) if mla.q_rank else D * N * H
+  latent = D * (mla.kv_rank + mla.rope_dim)
+  heads = N * (mla.kv_rank * (mla.nope_dim + mla.v_dim) + mla.v_dim * D)
+  yield "attention", _always(queries + latent + heads)
+  gains = mla.q_rank + mla.kv_rank
+  yield "latents' norms", Counts(gains, gains, 0)
 
 
 def _ffn(config: ModelConfig, layer: LayerConfig):
@@ -106,7 +126,15 @@ def _ffn(config: ModelConfig, layer: LayerConfig):
   yield "routed experts", _routed(config, expert)
   yield "shared experts", _always(moe.num_shared_experts * expert)
   yield "routers", _always(D * moe.num_experts)
+  yield _router_biases(config)
   yield _bias(config)
+
+
+def _router_biases(config: ModelConfig) -> tuple[str, Counts]:
+  """State, which no gradient reaches, but published sizes count it."""
+  biased = has_bias(resolve(config.moe.router_spec))
+  size = config.moe.num_experts * biased
+  return "routers' biases", Counts(size, size, 0)
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -117,5 +145,6 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   3 for the backward pass (the convention of PaLM, Chowdhery et al. 2022, with
   the causal half). Recomputation by remat is not counted.
   """
-  attention = 6 * config.num_layers * config.num_heads * config.head_dim
+  width = sum(config.score_and_value_dims) / 2
+  attention = 6 * config.num_layers * config.num_heads * width
   return 6.0 * count(config).matmul_params + attention * seq_len

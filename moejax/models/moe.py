@@ -13,7 +13,13 @@ from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models.layers import Mlp, weight
 from moejax.models.rows import Rows
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.routing import RouterStats, Routing, check_routing, resolve
+from moejax.routing import (
+  RouterStats,
+  Routing,
+  balance,
+  check_routing,
+  resolve,
+)
 
 Array = jax.Array
 Dispatch = Callable[..., Array]
@@ -75,8 +81,13 @@ def route(
   )  # fmt: skip
   mask_BT = rows.segment_ids_BT > 0
   router = resolve(config.moe.router_spec)
+  state = {}
+  if balance.has_bias(router):
+    zeros = lambda: jnp.zeros(E, jnp.float32)
+    state["bias_E"] = module.variable("router_state", balance.NAME, zeros).value
+  keys = rows.token_keys(layer)
   routing = check_routing(
-    router(logits_TE, mask_BT.reshape(-1), rng=rows.token_keys(layer)),
+    router(logits_TE, mask_BT.reshape(-1), rng=keys, **state),
     config.moe.router,
   )
   return routing, RouterStats.of(routing, mask_BT)

@@ -57,7 +57,10 @@ class Context:
 
 @flax.struct.dataclass
 class LayerCache:
-  """Keys (after norm and RoPE) and values of one layer, [B, S, K, H]."""
+  """Keys (after norm and RoPE) and values of one layer, [B, S, K, H].
+
+  Latent attention keeps its latents as keys, and no values.
+  """
 
   k_BSKH: Array
   v_BSKH: Array
@@ -93,17 +96,19 @@ class KVCache:
   @classmethod
   def empty(cls, config: ModelConfig, batch_size: int, max_len: int) -> Self:
     """A cache for `max_len` tokens of `batch_size` rows."""
-    K, H = config.num_kv_heads, config.head_dim
     dtype = jnp.dtype(config.dtype)
 
+    def cache_of(layer, *stack):
+      if not layer.has_kv:
+        return None
+      heads, *widths = config.cache_shape(layer)
+      return LayerCache(*(
+        jnp.zeros((*stack, batch_size, max_len, heads, width), dtype)
+        for width in widths
+      ))  # fmt: skip
+
     def caches(layers, *stack):
-      shape = (*stack, batch_size, max_len, K, H)
-      return tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        if layer.has_kv
-        else None
-        for layer in layers
-      )
+      return tuple(cache_of(layer, *stack) for layer in layers)
 
     R = config.num_repeats
     if config.scan_layers:

@@ -13,7 +13,7 @@ from moejax.config import ModelConfig
 from moejax.dispatch import DISPATCHES
 from moejax.models.block import Backends, Block, Repeat
 from moejax.models.layers import Norm, weight
-from moejax.models.rope import rope_angles, rope_frequencies
+from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
@@ -80,9 +80,11 @@ class Transformer(nn.Module):
     x_BTD = self.w_embed_VD[tokens_BT].astype(cfg.dtype)
     keys = cache.append_rows(rows) if cache else None
     frequencies_H = rope_frequencies(
-      cfg.head_dim, cfg.rope_theta, cfg.rope_scaling_spec
+      cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling_spec
     )
-    angles = rope_angles(rows.positions_BT, frequencies_H)
+    angles = rope_angles(
+      rows.positions_BT, frequencies_H, angle_factor(cfg.rope_scaling_spec)
+    )
     context = Context(rows, *angles, keys)
     prefix_stats, prefix_caches, shared = (), [], None
     for i, block in enumerate(self.prefix):
@@ -214,7 +216,7 @@ def _scanned(config: ModelConfig) -> type[nn.Module]:
   """`Repeat` under remat and scan; parameters are stacked over repeats."""
   return nn.scan(
     _checkpointed(Repeat, config, in_scan=True),
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "router_state": 0},
     split_rngs={"params": True},
     in_axes=(0, 0, nn.broadcast),
     out_axes=0,

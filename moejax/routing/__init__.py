@@ -9,10 +9,11 @@ from moejax.routing.base import (
   non_causal,
   resolve,
 )
+from moejax.routing.group_limited import group_limited
 from moejax.routing.stats import RouterStats
 from moejax.routing.top_k import top_k
 
 __all__ = [
-  "RouterStats", "Routing", "check_routing", "home_of", "is_causal",
-  "non_causal", "resolve", "top_k",
+  "RouterStats", "Routing", "check_routing", "group_limited", "home_of",
+  "is_causal", "non_causal", "resolve", "top_k",
 ]  # fmt: skip

@@ -40,6 +40,8 @@ class Routing:
     expert_A: int32, to which expert; E means nowhere (padding, dropped).
     weight_A: float32, combine weight, the router's gradient path.
     logits_TE: float32, for losses and metrics.
+    prob_TE: shares of the experts that the balancing loss works on, summing to
+      1 and carrying gradient; None is the softmax of the logits.
     experts_per_token: X if assignment `a` belongs to token `a // X`, else 0.
       Dispatch then moves rows by permutation instead of scatter.
   """
@@ -48,6 +50,7 @@ class Routing:
   expert_A: Array
   weight_A: Array
   logits_TE: Array
+  prob_TE: Array | None = None
   experts_per_token: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
@@ -162,6 +165,8 @@ def resolve(spec: Spec) -> Router:
       f"{', '.join(_routers(module))}"
     )
   router = getattr(module, name)
+  if "bias_E" in spec.kwargs:
+    raise ConfigError(f"model.moe.router: {name} sets its bias_E itself")
   _check_options(router, spec)
   return functools.partial(router, **spec.kwargs)
 
@@ -194,7 +199,7 @@ def _check_options(router: Router, spec: Spec) -> None:
     inspect.signature(router).bind(None, None, rng=None, **spec.kwargs)
   except TypeError as e:
     parameters = list(inspect.signature(router).parameters)[2:]
-    options = [p for p in parameters if p != "rng"]
+    options = [p for p in parameters if p not in ("rng", "bias_E")]
     unknown = sorted(set(spec.kwargs) - set(options))
     what = f"no option {', '.join(unknown)}" if unknown else str(e)
     raise ConfigError(

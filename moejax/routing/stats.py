@@ -22,9 +22,10 @@ class RouterStats:
 
   Attributes:
     count_BE: assignments to each expert.
-    prob_BE: sum of softmax probabilities of each expert; carries gradient.
+    prob_BE: sum of probabilities of each expert, the softmax or what the router
+      says; carries gradient.
     z_B: sum of squared logsumexp of the logits; carries gradient.
-    entropy_B: sum of the entropies of the softmax, in nats.
+    entropy_B: sum of the entropies of these, in nats.
     dropped_B: assignments of real tokens that went nowhere.
     tokens_B: real (unmasked) tokens.
   """
@@ -41,8 +42,12 @@ class RouterStats:
     """Sums of one layer's routing of the flattened tokens of `mask_BT`."""
     B, T = mask_BT.shape
     E = routing.num_experts
-    log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
-    prob_TE = jnp.exp(log_prob_TE)
+    if routing.prob_TE is None:
+      log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
+      prob_TE = jnp.exp(log_prob_TE)
+    else:
+      prob_TE = routing.prob_TE
+      log_prob_TE = jnp.log(jnp.maximum(prob_TE, jnp.finfo(jnp.float32).tiny))
     lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
 
     def per_row(x):

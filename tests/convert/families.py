@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's models at tiny random sizes: logits, gradients, kept in files.
 
-  python tests/convert/families.py      rewrites hf/*.npz (needs [hf])
+  python tests/convert/families.py [NAME...]   rewrites hf/*.npz (needs [hf])
 
 Weights and tokens follow from a seed and the rules' own shapes, so a file holds
 only what transformers computed from them; where transformers is installed, a
@@ -10,6 +10,7 @@ test computes it again.
 
 import dataclasses
 import json
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -18,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import ModelConfig, MoEConfig
-from moejax.convert import dbrx, hunyuan, jetmoe, llama
+from moejax.config import MLAConfig, ModelConfig, MoEConfig
+from moejax.convert import dbrx, deepseek, hunyuan, jetmoe, llama
 from moejax.convert.rules import Rule
 
 FOLDER = Path(__file__).with_name("hf")
@@ -55,7 +56,8 @@ def _config(router: str, moe: dict[str, Any] | None = None, **options):
     "num_kv_heads": K, "head_dim": H, "dtype": "float32", "qk_norm": "none",
     "scan_layers": False,
   }  # fmt: skip
-  moe_config = MoEConfig(num_experts=E, d_expert=F, router=router, **moe or {})
+  sizes = {"num_experts": E, "d_expert": F} | (moe or {})
+  moe_config = MoEConfig(router=router, **sizes)
   return ModelConfig(**(values | options), moe=moe_config)
 
 
@@ -156,6 +158,35 @@ FAMILIES = [
     ),
     hunyuan.hunyuan,
   ),
+  Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM",
+    SIZES | {
+      "model_type": "deepseek_v3", "num_hidden_layers": 3,
+      "num_key_value_heads": N, "q_lora_rank": 14, "kv_lora_rank": 10,
+      "qk_nope_head_dim": 6, "qk_rope_head_dim": 8, "v_head_dim": 5,
+      "intermediate_size": 28, "moe_intermediate_size": F,
+      "first_k_dense_replace": 1, "n_routed_experts": 12,
+      "n_shared_experts": 2, "num_experts_per_tok": X, "n_group": 4,
+      "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+      "rms_norm_eps": 1e-5, "rope_interleave": True,
+      "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 16, "beta_fast": 2.0,
+        "beta_slow": 0.5, "mscale": 0.7, "mscale_all_dim": 1.0,
+      },
+    },
+    _config(
+      "group_limited(k=3, num_groups=4, topk_groups=2, scale=2.5, "
+      "renormalize=True)",
+      {"num_experts": 12, "num_shared_experts": 2}, num_layers=3,
+      num_kv_heads=N, head_dim=14, d_mlp=28, prefix=("mla/mlp",),
+      pattern=("mla/moe",), norm_eps=1e-5,
+      mla=MLAConfig(q_rank=14, kv_rank=10, nope_dim=6, rope_dim=8, v_dim=5),
+      rope_scaling="yarn(factor=4.0, original=16.0, beta_fast=2.0, "
+      "beta_slow=0.5, mscale=0.7, mscale_all_dim=1.0)",
+    ),
+    deepseek.deepseek_v3,
+  ),
 ]  # fmt: skip
 
 
@@ -210,6 +241,8 @@ def compute(family: Family) -> dict[str, np.ndarray]:
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.copy_(parameter.grad)
+    for buffer in model.buffers():  # DeepSeek's biases have no gradient
+      buffer.zero_()
   with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     stored = load_file(Path(folder) / "model.safetensors")
@@ -217,6 +250,7 @@ def compute(family: Family) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-  for family in FAMILIES:
+  names = sys.argv[1:] or [family.name for family in FAMILIES]
+  for family in (f for f in FAMILIES if f.name in names):
     np.savez_compressed(family.file, **compute(family))
     print(f"{family.file.name}: {family.file.stat().st_size:,} bytes")

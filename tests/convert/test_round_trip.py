@@ -94,7 +94,7 @@ def test_a_dtype_is_kept_unless_asked(tmp_path):
 
 
 # Two systems show what stacked layers need: a prefix, a pattern of two.
-STACKED = ("qwen3_30b_a3b", "hunyuan_large")
+STACKED = ("deepseek_v3", "hunyuan_large")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,7 @@ def test_a_trained_tiny_system_finds_its_family(name, scan_layers, tmp_path):
     "olmoe_1b_7b": "olmoe", "jetmoe_8b": "jetmoe", "dbrx_132b": "dbrx",
     "hunyuan_large": "hunyuan", "mixtral_8x7b": "mixtral",
     "qwen3_30b_a3b": "qwen3_moe", "flex_olmo_7x7b": "flex_olmo",
+    "deepseek_v3": "deepseek_v3",
   }  # fmt: skip
   assert config["model_type"] == kinds[name]
   assert config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == 258

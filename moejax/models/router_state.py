@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in the variables the state of each router stands."""
+
+from typing import Any
+
+import jax
+
+from moejax.config import LayerConfig, ModelConfig
+from moejax.routing.balance import NAME
+
+Array = jax.Array
+
+
+def as_router_state(config: ModelConfig, values_LE: Array) -> dict[str, Any]:
+  """Values of all routers, in their order, as a tree like `router_state`.
+
+  Args:
+    config: of the model.
+    values_LE: one row for each router, as `ModelOutput.stats` has them.
+  """
+  tree: dict[str, Any] = {}
+  first = 0
+  for i, layer in enumerate(config.prefix_layers):
+    for kind in _routers(layer):
+      _put(tree, (f"prefix_{i}", kind), values_LE[first])
+      first += 1
+  kinds = [
+    (f"block_{j}", kind)
+    for j, layer in enumerate(config.pattern_layers)
+    for kind in _routers(layer)
+  ]
+  R = config.num_repeats
+  stacked = values_LE[first:].reshape(R, len(kinds), values_LE.shape[-1])
+  for p, path in enumerate(kinds):
+    if config.scan_layers:
+      _put(tree, ("repeats", *path), stacked[:, p])
+      continue
+    for r in range(R):
+      _put(tree, (f"repeats_{r}", *path), stacked[r, p])
+  return tree
+
+
+def _routers(layer: LayerConfig) -> list[str]:
+  """Modules of a layer that have a router, in the order of its stats."""
+  mixer = ["attention"] if layer.mixer == "moa" else []
+  return mixer + (["moe"] if layer.ffn == "moe" else [])
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Array) -> None:
+  for key in path:
+    tree = tree.setdefault(key, {})
+  tree[NAME] = value
