@@ -8,9 +8,11 @@ Published: 7 T tokens, the last 5% annealed to a tenth of the peak rate
 (arXiv:2411.02265); hardware, rates and batch are not, so those here are a start
 for a study. `:tiny` is a minute on a laptop.
 
-One shared expert and 16 routed ones, top-1. Every second layer reads the keys
-and values of the one before (cross-layer attention), 8 heads of them for 80
-query heads; QK-norm after RoPE; RoPE's base raised by NTK's alpha.
+One shared expert and 16 routed ones, top-1; in training, tokens beyond an
+expert's capacity go at random to those with room (recycle routing). Every
+second layer reads the keys and values of the one before (cross-layer
+attention), 8 heads of them for 80 query heads; QK-norm after RoPE; RoPE's base
+raised by NTK's alpha.
 """
 
 from moejax.config import default_config
@@ -34,7 +36,8 @@ def get_config(arg=""):
   model.tie_embeddings = True
   model.moe.num_experts = 16
   model.moe.d_expert = 18304
-  model.moe.router = "top_k(k=1)"
+  # A row's tokens share the places; the published runs' factor is not known.
+  model.moe.router = "recycle(group_size=8192, capacity_factor=1.0)"
   model.moe.num_shared_experts = 1
   model.remat = "full"
 
@@ -72,3 +75,4 @@ def _shrink(config):
   model.head_dim = 20
   model.moe.num_experts = 7
   model.moe.d_expert = 88
+  model.moe.router = "recycle(group_size=256, capacity_factor=1.0)"

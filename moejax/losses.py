@@ -146,16 +146,17 @@ _xent_sums.defvjp(_xent_fwd, _xent_bwd)
 def load_balance(stats: RouterStats, scope: str) -> Array:
   """Load-balancing loss; 1 at perfect balance, E if one expert takes all.
 
-  Per layer E * sum_e f_e P_e, with f the share of assignments and P the mean
-  probability of expert e, then the mean over layers: the form of Switch
-  (Fedus et al. 2021) that OLMoE and DBRX train with. Gradient flows through P.
+  Per layer E * sum_e f_e P_e, with f the share of assignments (as the router
+  chose, before any capacity) and P the mean probability of expert e, then the
+  mean over layers: the form of Switch (Fedus et al. 2021) that OLMoE and DBRX
+  train with. Gradient flows through P.
 
   Args:
     stats: sums stacked [L, B, ...].
     scope: "global" takes f and P over all rows; "sequence" per row, then the
       mean over rows weighted by their tokens (DeepSeek-V3's form).
   """
-  count_LBE, prob_LBE = stats.count_BE, stats.prob_BE
+  count_LBE, prob_LBE = stats.wanted_BE, stats.prob_BE
   tokens_LB = stats.tokens_B
   if scope == "global":
     sum_rows = lambda x: x.sum(1, keepdims=True)

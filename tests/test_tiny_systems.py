@@ -27,8 +27,10 @@ SYSTEMS = (
 def test_the_loss_of_a_batch_falls(name):
   config = read(name, ":tiny")
   once = len(config.model.prefix) + len(config.model.pattern)  # compiles faster
+  router = config.model.moe.router.replace("size=256", f"size={T}")
+  moe = dataclasses.replace(config.model.moe, router=router)
   config = dataclasses.replace(
-    config, model=dataclasses.replace(config.model, num_layers=once)
+    config, model=dataclasses.replace(config.model, num_layers=once, moe=moe)
   )
   model = build(config.model)
   state = jax.jit(lambda: init_state(config, model))()

@@ -10,10 +10,11 @@ from moejax.routing.base import (
   resolve,
 )
 from moejax.routing.group_limited import group_limited
+from moejax.routing.recycle import recycle
 from moejax.routing.stats import RouterStats
 from moejax.routing.top_k import top_k
 
 __all__ = [
   "RouterStats", "Routing", "check_routing", "group_limited", "home_of",
-  "is_causal", "non_causal", "resolve", "top_k",
+  "is_causal", "non_causal", "recycle", "resolve", "top_k",
 ]  # fmt: skip

@@ -42,6 +42,8 @@ class Routing:
     logits_TE: float32, for losses and metrics.
     prob_TE: shares of the experts that the balancing loss works on, summing to
       1 and carrying gradient; None is the softmax of the logits.
+    wanted_A: where a capacity may send an assignment elsewhere, the expert that
+      the router chose, for the balancing loss; None is `expert_A`.
     experts_per_token: X if assignment `a` belongs to token `a // X`, else 0.
       Dispatch then moves rows by permutation instead of scatter.
   """
@@ -51,6 +53,7 @@ class Routing:
   weight_A: Array
   logits_TE: Array
   prob_TE: Array | None = None
+  wanted_A: Array | None = None
   experts_per_token: int = flax.struct.field(pytree_node=False, default=0)
 
   @property

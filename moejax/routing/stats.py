@@ -22,6 +22,7 @@ class RouterStats:
 
   Attributes:
     count_BE: assignments to each expert.
+    wanted_BE: the same, as the router chose before any capacity.
     prob_BE: sum of probabilities of each expert, the softmax or what the router
       says; carries gradient.
     z_B: sum of squared logsumexp of the logits; carries gradient.
@@ -31,6 +32,7 @@ class RouterStats:
   """
 
   count_BE: Array
+  wanted_BE: Array
   prob_BE: Array
   z_B: Array
   entropy_B: Array
@@ -57,9 +59,16 @@ class RouterStats:
     row_A = routing.token_A // T
     nowhere_A = routing.expert_A == E
     real_A = mask_BT.reshape(-1)[routing.token_A]
-    count_BE = jnp.zeros((B, E + 1)).at[row_A, routing.expert_A].add(1.0)
+
+    def counts(expert_A):
+      return jnp.zeros((B, E + 1)).at[row_A, expert_A].add(1.0)[:, :E]
+
+    count_BE = wanted_BE = counts(routing.expert_A)
+    if routing.wanted_A is not None:
+      wanted_BE = counts(routing.wanted_A)
     return cls(
-      count_BE=count_BE[:, :E],
+      count_BE=count_BE,
+      wanted_BE=wanted_BE,
       prob_BE=per_row(prob_TE),
       z_B=per_row(lse_T**2)[:, 0],
       entropy_B=per_row(-(prob_TE * log_prob_TE).sum(-1))[:, 0],

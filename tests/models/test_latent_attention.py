@@ -93,7 +93,6 @@ def by_hand(p, x_TD):
 
 @pytest.mark.parametrize("v_dim", [5, 18])
 def test_a_layer_by_hand(v_dim):
-
   config = dataclasses.replace(
     CONFIG, mla=dataclasses.replace(MLA, v_dim=v_dim)
   )
