@@ -14,10 +14,10 @@ from moejax import runs
 from moejax.checkpoint import CheckpointReader, StepWriter
 from moejax.checkpoint.leaves import Leaf, describe
 from moejax.config import Config, DataConfig, ModelConfig
-from moejax.convert import hub_files
+from moejax.convert import hub_files, tiktoken
 from moejax.convert.load import matching_rules, read_hub_config
 from moejax.convert.rules import Rule
-from moejax.data.tokenizer import Tokenizer, load_tokenizer
+from moejax.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
 from moejax.files import write_atomically
 from moejax.models import build
@@ -98,6 +98,11 @@ def read_tokenizer(source: Path, spec: str | None = None) -> Tokenizer:
     return load_tokenizer(spec)
   if (source / "tokenizer.json").exists():
     return load_tokenizer(source)
+  kind = hub_files.read_json(source / "config.json")["model_type"]
+  ranks = sorted(source.glob("*.tiktoken"))
+  if ranks and kind in tiktoken.DIALECTS:
+    text = tiktoken.read_tiktoken(ranks[0], tiktoken.DIALECTS[kind])
+    return FileTokenizer(source / "tokenizer.json", text)
   found = sorted(p.name for p in source.glob("tokenizer*")) or ["nothing"]
   raise DataError(
     f"{source} has no tokenizer.json (but {', '.join(found)}); make one with "

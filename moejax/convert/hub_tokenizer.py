@@ -35,18 +35,31 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
   _write_json(target / "generation_config.json", ids)
 
 
+def _spelling() -> dict[int, str]:
+  """How the `tokenizers` library writes bytes: as printable characters.
+
+  Those that are one stand for themselves, the others are the first ones from
+  256 on.
+  """
+  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  spelling = {byte: chr(byte) for byte in shown}
+  others = [byte for byte in range(256) if byte not in spelling]
+  return spelling | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+_SPELLING = _spelling()
+
+
+def spell_bytes(token: bytes) -> str:
+  return "".join(_SPELLING[byte] for byte in token)
+
+
 def byte_tokenizer_json() -> str:
   """The byte tokenizer in the `tokenizers` library's words: id = byte."""
   import tokenizers
   from tokenizers import decoders, models, pre_tokenizers
 
-  # The library spells bytes as printable characters: themselves where they
-  # are, else the first free ones from 256 on.
-  shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  spelling = {byte: chr(byte) for byte in shown}
-  others = [byte for byte in range(256) if byte not in spelling]
-  spelling |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-  vocabulary = {spelling[byte]: byte for byte in range(256)}
+  vocabulary = {_SPELLING[byte]: byte for byte in range(256)}
   words = tokenizers.Tokenizer(models.BPE(vocabulary, []))
   words.pre_tokenizer = pre_tokenizers.ByteLevel(
     add_prefix_space=False, use_regex=False
