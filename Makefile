@@ -53,7 +53,7 @@ format: $(VENV)/.installed-dev  ## ruff: fix and format
 
 # One file for all Pythons, by markers; names no host. Needs uv.
 constraints:  ## pin the newest versions that pyproject.toml allows
-	@echo 'transformers>=5,<6' | uv pip compile pyproject.toml - --universal \
+	@printf 'transformers>=5,<6\ntiktoken>=0.12,<1\n' | uv pip compile pyproject.toml - --universal \
 	  --python-version 3.11 --upgrade --no-header --no-annotate --quiet \
 	  --extra dev --extra eval --extra notebooks --extra parquet \
 	  --output-file constraints.txt

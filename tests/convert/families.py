@@ -225,7 +225,10 @@ def load(family: Family, weights: dict[str, np.ndarray], dtype: Any) -> Any:
 
 
 def compute(family: Family) -> dict[str, np.ndarray]:
-  """Logits, greedy tokens, and `grad/NAME`, as transformers computes them."""
+  """What transformers makes of it: logits, greedy tokens, `grad/NAME`.
+
+  And `aux_loss`, where it has one.
+  """
   import torch
   from safetensors.numpy import load_file
 
@@ -239,6 +242,9 @@ def compute(family: Family) -> dict[str, np.ndarray]:
   )  # fmt: skip
   out = {"logits": logits.detach().numpy(), "greedy": greedy[:, T:].numpy()}
   with torch.no_grad():
+    again = model(torch.tensor(tokens), output_router_logits=True)
+    if getattr(again, "aux_loss", None) is not None:  # unweighted
+      out["aux_loss"] = again.aux_loss.numpy()
     for parameter in model.parameters():
       parameter.copy_(parameter.grad)
     for buffer in model.buffers():  # DeepSeek's biases have no gradient

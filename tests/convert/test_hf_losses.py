@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' auxiliary losses follow from our sums; docs/losses.md says how.
+
+They are other losses than the papers': this shows that each difference is one
+of form, and none of what the routers did.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import losses
+from moejax.models import Rows, build
+from tests.convert import families as hf
+from tests.convert.test_hf_parity import EACH, reference, to_tree
+
+WITHOUT = ("hunyuan_v1_moe", "deepseek_v3")  # they have no such loss
+
+
+def stats_of(family):
+  tokens, _ = hf.inputs()
+  positions = jnp.tile(jnp.arange(hf.T), (hf.B, 1))
+  rows = Rows(jnp.ones((hf.B, hf.T), jnp.int32), positions)
+  apply = jax.jit(build(family.config).apply)
+  variables = to_tree(family, hf.tensors(family))
+  return apply(variables, jnp.asarray(tokens), rows).stats
+
+
+def pooled(stats, times_L):
+  """E sum_e f_e P_e over the tokens of all routers, some more than once."""
+  times_L = np.asarray(times_L, np.float64)
+  count_LE = np.asarray(stats.count_BE.sum(1), np.float64)
+  prob_LE = np.asarray(stats.prob_BE.sum(1), np.float64)
+  tokens = (times_L * np.asarray(stats.tokens_B.sum(1))).sum()
+  share_E, mean_E = times_L @ count_LE / tokens, times_L @ prob_LE / tokens
+  return len(share_E) * (share_E * mean_E).sum()
+
+
+@EACH
+def test_their_loss_from_our_sums(family):
+  want = reference(family)
+  if family.name in WITHOUT:
+    assert "aux_loss" not in want
+    return
+  stats = stats_of(family)
+  L = stats.z_B.shape[0]
+  # JetMoE's attention routers, the first of each layer, are recorded twice.
+  times = [2, 1] * (L // 2) if family.name == "jetmoe" else [1] * L
+  assert pooled(stats, times) == pytest.approx(want["aux_loss"], rel=1e-6)
+  if family.name == "jetmoe":
+    once = pooled(stats, [1] * L)
+    assert abs(once / want["aux_loss"] - 1) > 1e-5
+
+
+def test_one_layer_is_k_times_ours():
+  """And two layers are not: theirs multiplies averages over layers."""
+  family = next(f for f in hf.FAMILIES if f.name == "olmoe")
+  stats = stats_of(family)
+  one = jax.tree.map(lambda x: x[:1], stats)
+  ours = losses.load_balance(one, "global")
+  assert pooled(one, [1]) == pytest.approx(hf.X * float(ours), rel=1e-6)
+  both = losses.load_balance(stats, "global")
+  assert abs(pooled(stats, [1, 1]) / (hf.X * both) - 1) > 0.05
+
+
+def test_at_perfect_balance():
+  """The table of docs/losses.md: theirs k, ours 1, JetMoE's 2 a layer."""
+  E, k, L, T = 4, 2, 3, 8
+  even = losses.RouterStats(
+    count_BE=jnp.full((L, 1, E), k * T / E),
+    wanted_BE=jnp.full((L, 1, E), k * T / E),
+    prob_BE=jnp.full((L, 1, E), T / E), z_B=jnp.zeros((L, 1)),
+    entropy_B=jnp.zeros((L, 1)), dropped_B=jnp.zeros((L, 1)),
+    tokens_B=jnp.full((L, 1), float(T)),
+  )  # fmt: skip
+  assert pooled(even, [1] * L) == pytest.approx(k)
+  for scope in ("global", "sequence"):
+    assert losses.load_balance(even, scope) == pytest.approx(1)
