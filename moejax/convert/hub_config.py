@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a hub's config.json: what is used, what is refused, what is left."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ class HubConfig:
   """A config.json whose keys are ticked off as they are read."""
 
   def __init__(self, values: Mapping[str, Any], where: str = "config.json"):
-    self._values, self._where, self._read = values, where, set()
+    self._values, self.where, self._read = values, where, set()
+
+  def merged(self, other: "HubConfig") -> "HubConfig":
+    """Both as one; of a key that both have, the other's."""
+    return HubConfig({**self._values, **other._values}, self.where)
 
   def take(self, *names: str, default: Any = _REQUIRED) -> Any:
     """The value under the first of `names` that is there and not null.
@@ -39,12 +44,63 @@ class HubConfig:
       if name in self._values and self._values[name] is not None:
         return self._values[name]
     if default is _REQUIRED:
-      raise DataError(f"{self._where} has no {' or '.join(names)}")
+      raise DataError(f"{self.where} has no {' or '.join(names)}")
     return default
 
+  def size(
+    self, *names: str, default: int | object = _REQUIRED, least: int = 1,
+    most: int = 2**31 - 1,
+  ) -> int:  # fmt: skip
+    """A whole number of `least` to `most`.
+
+    Raises:
+      DataError: it is missing or something else.
+    """
+    value = self.take(*names, default=default)
+    if type(value) is not int or not least <= value <= most:
+      self._refuse(names, value, f"a whole number of {least} to {most}")
+    return value
+
+  def number(self, *names: str, default: float | object = _REQUIRED) -> float:
+    """A finite number that is not negative.
+
+    Raises:
+      DataError: it is missing or something else.
+    """
+    value = self.take(*names, default=default)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+      self._refuse(names, value, "a number, not negative")
+    return float(value)
+
+  def flag(self, *names: str, default: bool | object = _REQUIRED) -> bool:
+    """True or false.
+
+    Raises:
+      DataError: it is missing or something else.
+    """
+    value = self.take(*names, default=default)
+    if type(value) is not bool:
+      self._refuse(names, value, "true or false")
+    return value
+
+  def ignore(self, *names: str) -> None:
+    """These are known, and say nothing that is needed here."""
+    self._read.update(names)
+
   def section(self, name: str) -> "HubConfig":
-    """A nested mapping, empty if it is not there."""
-    return HubConfig(self.take(name, default={}), f"{self._where}: {name}")
+    """A nested mapping, empty if it is not there.
+
+    Raises:
+      DataError: it is something else.
+    """
+    value = self.take(name, default={})
+    if not isinstance(value, Mapping):
+      self._refuse((name,), value, "a mapping")
+    return HubConfig(value, f"{self.where}: {name}")
+
+  def _refuse(self, names: Sequence[str], value: Any, wanted: str) -> None:
+    name = next((n for n in names if n in self._values), names[0])
+    raise DataError(f"{self.where}: {name}={value!r} is not {wanted}")
 
   def expect(self, name: str, *allowed: Any) -> None:
     """Refuses any other value of `name` than absence, null, or `allowed`.
@@ -55,7 +111,7 @@ class HubConfig:
     value = self.take(name, default=allowed[0])
     if value not in allowed:
       raise DataError(
-        f"{self._where}: {name}={value!r} is not supported, only "
+        f"{self.where}: {name}={value!r} is not supported, only "
         f"{' or '.join(map(repr, allowed))}"
       )
 
@@ -70,46 +126,41 @@ def rope(hub: HubConfig, default_theta: float = 10000.0) -> dict[str, Any]:
   Raises:
     DataError: a kind of scaling that is not known here.
   """
-  scaling = dict(hub.take("rope_scaling", default={}))
-  scaling |= dict(hub.take("rope_parameters", default={}))
-  theta = hub.take("rope_theta", default=default_theta)
-  if "rope_theta" in scaling:
-    theta = scaling["rope_theta"]
-  return {"rope_theta": float(theta), "rope_scaling": _scaling(scaling)}
+  scaling = hub.section("rope_scaling").merged(hub.section("rope_parameters"))
+  theta = hub.number("rope_theta", default=default_theta)
+  theta = scaling.number("rope_theta", default=theta)
+  return {"rope_theta": theta, "rope_scaling": _scaling(scaling)}
 
 
-def _scaling(values: Mapping[str, Any]) -> str:
-  kind = next((values[k] for k in ("rope_type", "type") if k in values), None)
-  if kind in (None, "default"):
+def _scaling(hub: HubConfig) -> str:
+  kind = hub.take("rope_type", "type", default="default")
+  if kind == "default":
     return "none"
   if kind == "linear":
-    return f"linear(factor={float(values['factor'])})"
+    return f"linear(factor={hub.number('factor')})"
   if kind == "yarn":
-    return _yarn(values)
+    return _yarn(hub)
   # Hunyuan calls it dynamic; nothing in it is.
-  if kind == "dynamic" and "alpha" in values and values["alpha"]:
-    return f"ntk(alpha={float(values['alpha'])})"
+  if kind == "dynamic" and hub.number("alpha", default=0.0):
+    return f"ntk(alpha={hub.number('alpha')})"
   raise DataError(
-    f"config.json: RoPE scaling {dict(values)} is not supported; linear, "
-    "yarn, and dynamic with alpha are"
+    f"{hub.where}: scaling {kind!r} is not supported; linear, yarn, and "
+    "dynamic with alpha are"
   )
 
 
-def _yarn(values: Mapping[str, Any]) -> str:
+def _yarn(hub: HubConfig) -> str:
   """transformers' defaults and its rule for the two magnitudes."""
-  known = {
-    "factor": None, "original_max_position_embeddings": None,
-    "beta_fast": 32, "beta_slow": 1, "mscale": 0, "mscale_all_dim": 0,
-  }  # fmt: skip
-  other = set(values) - set(known) - {"type", "rope_type", "rope_theta"}
-  found = known | {k: values[k] for k in known if k in values}
-  if other or None in found.values():
-    raise DataError(
-      f"config.json: RoPE scaling {dict(values)}: yarn takes factor and "
-      f"original_max_position_embeddings, and at most {', '.join(known)}"
-    )
-  numbers = {name: float(x) for name, x in found.items()}
-  numbers["original"] = numbers.pop("original_max_position_embeddings")
+  numbers = {
+    "factor": hub.number("factor"),
+    "original": hub.number("original_max_position_embeddings"),
+    "beta_fast": hub.number("beta_fast", default=32.0),
+    "beta_slow": hub.number("beta_slow", default=1.0),
+    "mscale": hub.number("mscale", default=0.0),
+    "mscale_all_dim": hub.number("mscale_all_dim", default=0.0),
+  }
+  if other := hub.unread():
+    raise DataError(f"{hub.where}: yarn with {', '.join(other)} is not known")
   if not (numbers["mscale"] and numbers["mscale_all_dim"]):
     numbers["mscale"] = 1.0
   order = ROPE_SCALINGS["yarn"]

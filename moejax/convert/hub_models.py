@@ -10,18 +10,21 @@ from moejax.convert.hub_config import (
   stack,
   top_k,
 )
+from moejax.errors import DataError
 from moejax.spec import Spec
+
+MAX_LAYERS = 1000  # more is a damaged file
 
 
 def olmoe(hub: HubConfig) -> dict[str, Any]:
-  k = hub.take("num_experts_per_tok")
+  k = hub.size("num_experts_per_tok")
   return _llama(hub, 1e-5) | {
     "qk_norm": "full",
-    "clip_qkv": float(hub.take("clip_qkv", default=0.0)),
+    "clip_qkv": hub.number("clip_qkv", default=0.0),
     "moe": {
-      "num_experts": hub.take("num_experts"),
-      "d_expert": hub.take("intermediate_size"),
-      "router": top_k(k, hub.take("norm_topk_prob", default=False)),
+      "num_experts": hub.size("num_experts"),
+      "d_expert": hub.size("intermediate_size"),
+      "router": top_k(k, hub.flag("norm_topk_prob", default=False)),
     },
   }
 
@@ -29,7 +32,7 @@ def olmoe(hub: HubConfig) -> dict[str, Any]:
 def flex_olmo(hub: HubConfig) -> dict[str, Any]:
   return olmoe(hub) | rope(hub, 5e5) | {
     "norm_position": "post",
-    "norm_eps": float(hub.take("rms_norm_eps", default=1e-6)),
+    "norm_eps": hub.number("rms_norm_eps", default=1e-6),
   }  # fmt: skip
 
 
@@ -37,30 +40,32 @@ def mixtral(hub: HubConfig) -> dict[str, Any]:
   hub.expect("sliding_window", None)
   return _llama(hub, 1e-5) | rope(hub, 1e6) | {
     "moe": {
-      "num_experts": hub.take("num_local_experts"),
-      "d_expert": hub.take("intermediate_size"),
-      "router": top_k(hub.take("num_experts_per_tok"), True),
+      "num_experts": hub.size("num_local_experts"),
+      "d_expert": hub.size("intermediate_size"),
+      "router": top_k(hub.size("num_experts_per_tok"), True),
     },
   }  # fmt: skip
 
 
 def qwen3_moe(hub: HubConfig) -> dict[str, Any]:
   hub.expect("use_sliding_window", False)
-  hub.take("sliding_window", "max_window_layers", default=None)
-  dense = set(hub.take("mlp_only_layers", default=[]))
-  every = hub.take("decoder_sparse_step", default=1)
+  hub.ignore("sliding_window", "max_window_layers")
+  dense = hub.take("mlp_only_layers", default=[])
+  if not isinstance(dense, list):
+    raise DataError(f"{hub.where}: mlp_only_layers={dense!r} is not a list")
+  every = hub.size("decoder_sparse_step", default=1)
   kinds = [
     "attention/mlp" if i in dense or (i + 1) % every else "attention/moe"
-    for i in range(hub.take("num_hidden_layers"))
+    for i in range(hub.size("num_hidden_layers", most=MAX_LAYERS))
   ]
-  k = hub.take("num_experts_per_tok")
+  k = hub.size("num_experts_per_tok")
   return _llama(hub, 1e-6) | stack(kinds) | {
     "qk_norm": "head",
-    "d_mlp": hub.take("intermediate_size"),
+    "d_mlp": hub.size("intermediate_size"),
     "moe": {
-      "num_experts": hub.take("num_experts", "num_local_experts"),
-      "d_expert": hub.take("moe_intermediate_size"),
-      "router": top_k(k, hub.take("norm_topk_prob", default=False)),
+      "num_experts": hub.size("num_experts", "num_local_experts"),
+      "d_expert": hub.size("moe_intermediate_size"),
+      "router": top_k(k, hub.flag("norm_topk_prob", default=False)),
     },
   }  # fmt: skip
 
@@ -69,26 +74,28 @@ def jetmoe(hub: HubConfig) -> dict[str, Any]:
   hub.expect("activation_function", "silu")
   hub.expect("glu", True)
   hub.expect("bias", True)
-  k = hub.take("num_experts_per_tok", "moe_top_k")
-  kv_heads = hub.take("num_key_value_heads", "n_head")
-  hub.take("num_attention_heads", default=None)  # k times the other
+  k = hub.size("num_experts_per_tok", "moe_top_k")
+  kv_heads = hub.size("num_key_value_heads", "n_head")
+  hub.ignore("num_attention_heads")  # k times the other
   return rope(hub) | {
-    "vocab_size": hub.take("vocab_size"),
-    "d_model": hub.take("hidden_size", "n_embd"),
-    "num_layers": hub.take("num_hidden_layers", "num_layers", "n_layer"),
+    "vocab_size": hub.size("vocab_size"),
+    "d_model": hub.size("hidden_size", "n_embd"),
+    "num_layers": hub.size(
+      "num_hidden_layers", "num_layers", "n_layer", most=MAX_LAYERS
+    ),
     "pattern": ("moa/moe",),
     "num_heads": k * kv_heads,
     "num_kv_heads": kv_heads,
-    "head_dim": hub.take("kv_channels"),
+    "head_dim": hub.size("kv_channels"),
     "qk_norm": "none",
     "norm_eps": 1e-6,  # the class never hands the config's to its blocks
-    "final_norm_eps": float(
-      hub.take("rms_norm_eps", "layer_norm_epsilon", default=1e-6)
+    "final_norm_eps": hub.number(
+      "rms_norm_eps", "layer_norm_epsilon", default=1e-6
     ),
-    "tie_embeddings": hub.take("tie_word_embeddings", default=True),
+    "tie_embeddings": hub.flag("tie_word_embeddings", default=True),
     "moe": {
-      "num_experts": hub.take("num_local_experts", "moe_num_experts"),
-      "d_expert": hub.take("intermediate_size", "ffn_hidden_size"),
+      "num_experts": hub.size("num_local_experts", "moe_num_experts"),
+      "d_expert": hub.size("intermediate_size", "ffn_hidden_size"),
       "router": top_k(k, True),
       "output_bias": True,
     },
@@ -100,27 +107,27 @@ def dbrx(hub: HubConfig) -> dict[str, Any]:
   attention, ffn = hub.section("attn_config"), hub.section("ffn_config")
   ffn.section("ffn_act_fn").expect("name", "silu")
   ffn.expect("moe_normalize_expert_weights", 1, 1.0)
-  theta = attention.take("rope_theta", default=None)
-  heads, width = hub.take("n_heads"), hub.take("d_model")
+  heads, width = hub.size("n_heads"), hub.size("d_model")
   values = rope(hub)
-  if theta is not None:  # published there; the top level is only a default
-    values["rope_theta"] = float(theta)
+  # Published there; the top level is only a default.
+  theta = attention.number("rope_theta", default=values["rope_theta"])
   return values | {
-    "vocab_size": hub.take("vocab_size"),
+    "rope_theta": theta,
+    "vocab_size": hub.size("vocab_size"),
     "d_model": width,
-    "num_layers": hub.take("n_layers"),
+    "num_layers": hub.size("n_layers", most=MAX_LAYERS),
     "num_heads": heads,
-    "num_kv_heads": attention.take("kv_n_heads"),
+    "num_kv_heads": attention.size("kv_n_heads"),
     "head_dim": width // heads,
     "qk_norm": "none",
-    "clip_qkv": float(attention.take("clip_qkv", default=0.0)),
+    "clip_qkv": attention.number("clip_qkv", default=0.0),
     "norm": "layer",
     "norm_eps": 1e-5,
     "tie_embeddings": False,
     "moe": {
-      "num_experts": ffn.take("moe_num_experts"),
-      "d_expert": ffn.take("ffn_hidden_size"),
-      "router": top_k(ffn.take("moe_top_k"), True),
+      "num_experts": ffn.size("moe_num_experts"),
+      "d_expert": ffn.size("ffn_hidden_size"),
+      "router": top_k(ffn.size("moe_top_k"), True),
     },
   }
 
@@ -133,8 +140,8 @@ def hunyuan_v1_moe(hub: HubConfig) -> dict[str, Any]:
 def hunyuan_large(hub: HubConfig) -> dict[str, Any]:
   """Keys and values shared over `cla_share_factor` layers; top-1 as it is."""
   values = _hunyuan(hub, renormalize=False)
-  factor = hub.take("cla_share_factor", default=2)
-  if not hub.take("use_cla", default=False):
+  factor = hub.size("cla_share_factor", default=2)
+  if not hub.flag("use_cla", default=False):
     return values
   kinds = [
     "attention/moe" if i % factor == 0 else "shared_kv/moe"
@@ -150,38 +157,40 @@ def deepseek_v3(hub: HubConfig) -> dict[str, Any]:
   ):  # fmt: skip
     hub.expect(name, value)
   # Of training, of how it is split, or said elsewhere.
-  for name in (
+  hub.ignore(
     "aux_loss_alpha", "seq_aux", "ep_size", "num_nextn_predict_layers",
     "head_dim", "qk_head_dim",
-  ):  # fmt: skip
-    hub.take(name, default=None)
-  dense, L = hub.take("first_k_dense_replace"), hub.take("num_hidden_layers")
+  )  # fmt: skip
+  dense, L = (
+    hub.size("first_k_dense_replace", least=0),
+    hub.size("num_hidden_layers", most=MAX_LAYERS),
+  )
   kinds = ["mla/mlp"] * min(dense, L) + ["mla/moe"] * max(L - dense, 0)
   router = {
-    "k": hub.take("num_experts_per_tok"),
-    "num_groups": hub.take("n_group"),
-    "topk_groups": hub.take("topk_group"),
-    "scale": float(hub.take("routed_scaling_factor")),
-    "renormalize": hub.take("norm_topk_prob"),
+    "k": hub.size("num_experts_per_tok"),
+    "num_groups": hub.size("n_group"),
+    "topk_groups": hub.size("topk_group"),
+    "scale": hub.number("routed_scaling_factor"),
+    "renormalize": hub.flag("norm_topk_prob"),
   }
   refuse_constant_weights(router["k"], router["renormalize"])
-  nope, rotated = hub.take("qk_nope_head_dim"), hub.take("qk_rope_head_dim")
+  nope, rotated = hub.size("qk_nope_head_dim"), hub.size("qk_rope_head_dim")
   values = _llama(hub, 1e-6)
   return values | stack(kinds) | {
     "num_kv_heads": values["num_heads"],
     "head_dim": nope + rotated,
     "mla": {
-      "q_rank": hub.take("q_lora_rank", default=0),
-      "kv_rank": hub.take("kv_lora_rank"),
+      "q_rank": hub.size("q_lora_rank", default=0, least=0),
+      "kv_rank": hub.size("kv_lora_rank"),
       "nope_dim": nope,
       "rope_dim": rotated,
-      "v_dim": hub.take("v_head_dim"),
+      "v_dim": hub.size("v_head_dim"),
     },
-    "d_mlp": hub.take("intermediate_size"),
+    "d_mlp": hub.size("intermediate_size"),
     "moe": {
-      "num_experts": hub.take("n_routed_experts", "num_local_experts"),
-      "d_expert": hub.take("moe_intermediate_size"),
-      "num_shared_experts": hub.take("n_shared_experts"),
+      "num_experts": hub.size("n_routed_experts", "num_local_experts"),
+      "d_expert": hub.size("moe_intermediate_size"),
+      "num_shared_experts": hub.size("n_shared_experts", least=0),
       "router": str(Spec("group_limited", router)),
     },
   }  # fmt: skip
@@ -189,32 +198,33 @@ def deepseek_v3(hub: HubConfig) -> dict[str, Any]:
 
 def _hunyuan(hub: HubConfig, renormalize: bool) -> dict[str, Any]:
   k = _one(hub, "moe_topk")
-  shared = _one(hub, "num_shared_expert")
-  if not hub.take("use_mixed_mlp_moe", default=True):
+  shared = _one(hub, "num_shared_expert", least=0)
+  if not hub.flag("use_mixed_mlp_moe", default=True):
     shared = 0
   # Of training, and not acted on by the published code either.
-  for name in ("moe_drop_tokens", "moe_random_routing_dropped_token"):
-    hub.take(name, "capacity_factor", default=None)
+  hub.ignore(
+    "moe_drop_tokens", "moe_random_routing_dropped_token", "capacity_factor"
+  )
   hub.expect("use_qk_norm", True)
   hub.expect("norm_type", "rms", "hf_rms")
   return _llama(hub, 1e-5) | {
     "qk_norm": "head_after_rope",
     "moe": {
       "num_experts": _one(hub, "num_experts"),
-      "d_expert": hub.take("intermediate_size"),
+      "d_expert": hub.size("intermediate_size"),
       "router": top_k(k, renormalize),
       "num_shared_experts": shared,
     },
   }
 
 
-def _one(hub: HubConfig, name: str) -> int:
+def _one(hub: HubConfig, name: str, least: int = 1) -> int:
   """A number, or a list that says the same of every layer."""
   value = hub.take(name)
-  if not isinstance(value, list):
-    return value
-  hub.expect(name, [value[0]] * len(value))
-  return value[0]
+  if isinstance(value, list) and value:
+    hub.expect(name, [value[0]] * len(value))
+    hub = HubConfig({name: value[0]}, hub.where)
+  return hub.size(name, least=least)
 
 
 def _llama(hub: HubConfig, eps: float) -> dict[str, Any]:
@@ -222,17 +232,17 @@ def _llama(hub: HubConfig, eps: float) -> dict[str, Any]:
   hub.expect("hidden_act", "silu")
   for name in ("attention_bias", "mlp_bias"):
     hub.expect(name, False)
-  width, heads = hub.take("hidden_size"), hub.take("num_attention_heads")
+  width, heads = hub.size("hidden_size"), hub.size("num_attention_heads")
   return rope(hub) | {
-    "vocab_size": hub.take("vocab_size"),
+    "vocab_size": hub.size("vocab_size"),
     "d_model": width,
-    "num_layers": hub.take("num_hidden_layers"),
+    "num_layers": hub.size("num_hidden_layers", most=MAX_LAYERS),
     "num_heads": heads,
-    "num_kv_heads": hub.take("num_key_value_heads", default=heads),
-    "head_dim": hub.take(
+    "num_kv_heads": hub.size("num_key_value_heads", default=heads),
+    "head_dim": hub.size(
       "head_dim", "attention_head_dim", default=width // heads
     ),
     "qk_norm": "none",
-    "norm_eps": float(hub.take("rms_norm_eps", default=eps)),
-    "tie_embeddings": hub.take("tie_word_embeddings", default=False),
+    "norm_eps": hub.number("rms_norm_eps", default=eps),
+    "tie_embeddings": hub.flag("tie_word_embeddings", default=False),
   }

@@ -124,7 +124,7 @@ def read_hub_config(
   """
   values = read_json(folder / "config.json")
   kind = values["model_type"] if "model_type" in values else None
-  if kind not in FAMILIES:
+  if str(kind) not in FAMILIES:
     raise DataError(
       f"{folder}: model_type {kind!r} is not one of {', '.join(FAMILIES)}"
     )

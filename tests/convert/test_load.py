@@ -77,7 +77,7 @@ def test_experts_in_one_tensor(name, tmp_path):
     ({"num_experts": None}, "has no num_experts"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
     ({"attention_bias": True}, "attention_bias=True is not supported"),
-    ({"rope_scaling": {"type": "longrope"}}, "RoPE scaling .*longrope"),
+    ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: scaling .longrope"),
     ({"num_experts": 8}, r"mlp.gate.weight is \(7, 24\), config.json says \(8"),
     (
       {"hidden_size": 32},
