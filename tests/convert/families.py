@@ -224,13 +224,44 @@ def load(family: Family, weights: dict[str, np.ndarray], dtype: Any) -> Any:
     ).eval()  # fmt: skip
 
 
+def loss_and_gradients(family: Family, weight: float):
+  """transformers' language-model loss, and gradients by hub name.
+
+  With `weight` times its auxiliary loss, where it has one.
+  """
+  import torch
+
+  model = load(family, tensors(family), torch.float32)
+  tokens = torch.tensor(inputs()[0])
+  loss = model(tokens, labels=tokens).loss
+  again = model(tokens, output_router_logits=True)
+  if getattr(again, "aux_loss", None) is not None:
+    loss = loss + weight * again.aux_loss
+  loss.backward()
+  return loss.item(), _stored_gradients(model)
+
+
+def _stored_gradients(model: Any) -> dict[str, np.ndarray]:
+  """By the names that the hub's files have, which are not the module's."""
+  import torch
+  from safetensors.numpy import load_file
+
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.copy_(parameter.grad)
+    for buffer in model.buffers():  # DeepSeek's biases have no gradient
+      buffer.zero_()
+  with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    return load_file(Path(folder) / "model.safetensors")
+
+
 def compute(family: Family) -> dict[str, np.ndarray]:
   """What transformers makes of it: logits, greedy tokens, `grad/NAME`.
 
   And `aux_loss`, where it has one.
   """
   import torch
-  from safetensors.numpy import load_file
 
   model = load(family, tensors(family), torch.float32)
   tokens, cotangent = inputs()
@@ -245,13 +276,7 @@ def compute(family: Family) -> dict[str, np.ndarray]:
     again = model(torch.tensor(tokens), output_router_logits=True)
     if getattr(again, "aux_loss", None) is not None:  # unweighted
       out["aux_loss"] = again.aux_loss.numpy()
-    for parameter in model.parameters():
-      parameter.copy_(parameter.grad)
-    for buffer in model.buffers():  # DeepSeek's biases have no gradient
-      buffer.zero_()
-  with tempfile.TemporaryDirectory() as folder:
-    model.save_pretrained(folder)
-    stored = load_file(Path(folder) / "model.safetensors")
+  stored = _stored_gradients(model)
   return out | {f"grad/{name}": value for name, value in stored.items()}
 
 
