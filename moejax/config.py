@@ -553,6 +553,57 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  """The mesh: how a run is split over devices, which changes no result.
+
+  Their product is the number of devices.
+  """
+
+  data: int = option(1, "copies of the weights; each takes part of a batch")
+  fsdp: int = option(
+    1,
+    "as `data`, but each keeps a part of weights and optimizer state and "
+    "gathers the rest when it is used (ZeRO-3)",
+  )
+  expert: int = option(
+    1, "as `fsdp`, but experts stay where they are and tokens go to them"
+  )
+  tensor: int = option(1, "parts of each head group, expert and dense layer")
+  sequence: int = option(1, "parts of each row; keys and values are gathered")
+  exchange: str = option(
+    "auto",
+    "how tokens reach experts: all_to_all (rows go to where they are wanted), "
+    "all_gather (all rows go everywhere; for small expert groups)",
+  )
+  receive_factor: float = option(
+    0.0,
+    "room for rows that a device's experts get, over the rows that it sends; "
+    "0: for all that could come. Rows beyond it are dropped and counted in "
+    "router/dropped",
+  )
+
+  AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+  EXCHANGES = ("auto", "all_to_all", "all_gather")
+
+  def __post_init__(self):
+    require_positive("parallel", self, *self.AXES)
+    require_choice("parallel.exchange", self.exchange, self.EXCHANGES)
+    require(
+      self.receive_factor == 0 or self.receive_factor >= 1,
+      f"parallel.receive_factor={self.receive_factor} must be 0 or at least 1",
+    )
+
+  @property
+  def num_devices(self) -> int:
+    return math.prod(getattr(self, axis) for axis in self.AXES)
+
+  @property
+  def batch_parts(self) -> int:
+    """Into how many parts the rows of a batch go."""
+    return self.data * self.fsdp * self.expert
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """When to save and what to keep."""
 
@@ -596,6 +647,7 @@ class Config:
   optimizer: OptimizerConfig = section(OptimizerConfig, "optimizer")
   loss: LossConfig = section(LossConfig, "loss")
   train: TrainConfig = section(TrainConfig, "training")
+  parallel: ParallelConfig = section(ParallelConfig, "split over devices")
   checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
   eval: EvalConfig = section(EvalConfig, "evaluation")
 
@@ -613,6 +665,45 @@ class Config:
       f"not fit in train.num_steps={self.train.num_steps}; shorten them or use "
       "shares such as 0.1",
     )
+    self._check_parallel()
+
+  def _check_parallel(self) -> None:
+    """What is split must divide; each message names sizes that would."""
+    split, model, train = self.parallel, self.model, self.train
+    parts = split.batch_parts * train.accumulation_steps
+    size = train.batch_size
+    require(
+      size % parts == 0,
+      f"train.batch_size={size} does not divide into parallel.data * fsdp * "
+      f"expert * train.accumulation_steps = {parts} parts; use "
+      f"{_multiples(size, parts)}",
+    )
+    size, parts = self.eval.batch_size, split.batch_parts
+    require(
+      size % parts == 0,
+      f"eval.batch_size={size} does not divide into parallel.data * fsdp * "
+      f"expert = {parts} parts; use {_multiples(size, parts)}",
+    )
+    routed = any(layer.num_routers for layer in model.layers)
+    attends = any(layer.mixer != "mla" for layer in model.layers)
+    dense = any(layer.ffn == "mlp" for layer in model.layers)
+    seq_len, moe = self.data.seq_len, model.moe
+    for axis, key, number, there in (
+      ("sequence", "data.seq_len", seq_len, True),
+      ("tensor", "data.seq_len", seq_len // split.sequence, True),
+      ("expert", "model.moe.num_experts", moe.num_experts, routed),
+      ("tensor", "model.moe.d_expert", moe.d_expert, routed),
+      ("tensor", "model.d_mlp", model.d_mlp, dense),
+      ("tensor", "model.num_heads", model.num_heads, True),
+      ("tensor", "model.num_kv_heads", model.num_kv_heads, attends),
+    ):
+      ways = getattr(split, axis)
+      require(
+        not there or number % ways == 0,
+        f"{key}={number} does not divide by parallel.{axis}={ways}; use "
+        f"parallel.{axis}={_nearest_divisor(number, ways)} or {key}="
+        f"{_multiples(number, ways)}",
+      )
 
   @classmethod
   def from_dict(cls, values: typing.Mapping[str, Any]) -> Self:
@@ -764,6 +855,12 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
     return kind(text)
   except ValueError:
     raise ConfigError(f"{path}={text!r} must be {kind.__name__}") from None
+
+
+def _multiples(n: int, of: int) -> str:
+  """The multiples around `n`."""
+  below = n - n % of
+  return f"{below} or {below + of}" if below else str(of)
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

@@ -21,7 +21,7 @@ from moejax.losses import router_metrics
 from moejax.models import Transformer, Variables
 from moejax.progress import progress_bar
 from moejax.runs import load_run
-from moejax.step import device_batch, make_eval_step
+from moejax.step import device_batch, make_eval_step, shards_of
 
 
 def evaluate(
@@ -37,13 +37,15 @@ def evaluate(
     `validation/xent` (nats per token), `validation/perplexity`,
     `validation/bits_per_byte`, `validation/tokens` and the routers' metrics.
   """
-  batches = validation_batches(config, stores, config.eval.num_batches)
+  batches = validation_batches(config, model, stores, config.eval.num_batches)
   values = evaluate_batches(config, model, variables, batches, tokenizer)
   return {f"validation/{key}": value for key, value in values.items()}
 
 
-def validation_batches(config: Config, stores: Any, num_batches: int) -> Any:
-  """The first `num_batches` validation batches, read in microbatches.
+def validation_batches(
+  config: Config, model: Transformer, stores: Any, num_batches: int
+) -> Any:
+  """The first `num_batches` validation batches, in microbatches of own rows.
 
   Which rows these are does not depend on `train.accumulation_steps`.
   """
@@ -51,7 +53,9 @@ def validation_batches(config: Config, stores: Any, num_batches: int) -> Any:
   micro = size
   if not config.eval.batch_size:
     micro //= config.train.accumulation_steps
-  return data_lib.validation_batches(stores, micro, num_batches * size // micro)
+  return data_lib.validation_batches(
+    stores, micro, num_batches * size // micro, shards=shards_of(model, micro)
+  )
 
 
 def evaluate_batches(
@@ -67,14 +71,15 @@ def evaluate_batches(
   stats = None
   for batch in batches:
     sums, batch_stats = jax.device_get(
-      eval_step(variables, device_batch(batch))
+      eval_step(variables, device_batch(batch, model.placement))
     )
     xent += float(sums.xent)
     tokens += float(sums.tokens)
     num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
     if batch_stats is not None:
-      flat = jax.tree.map(lambda x: x.sum(1, keepdims=True), batch_stats)
-      stats = flat if stats is None else jax.tree.map(np.add, stats, flat)
+      if stats is not None:
+        batch_stats = jax.tree.map(np.add, stats, batch_stats)
+      stats = batch_stats
   if not tokens:
     raise DataError("there is nothing to evaluate on: no target token")
   mean = xent / tokens
@@ -128,7 +133,7 @@ def main(argv: list[str]) -> int:
   else:
     stores = data_lib.open_stores(config.data, run.tokenizer)
     batches = validation_batches(
-      config, stores, args.num_batches or config.eval.num_batches
+      config, run.model, stores, args.num_batches or config.eval.num_batches
     )
   values = evaluate_batches(
     config, run.model, run.variables, _shown(batches), run.tokenizer

@@ -1,60 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a run fits into memory: refused at the start, not killed later."""
 
+import math
 import os
+from typing import Any
 
 import jax
 
-from moejax import runs
 from moejax.config import Config
 from moejax.errors import ConfigError
-from moejax.models import Transformer, count
+from moejax.models import Transformer
+from moejax.models.placement import TOKENS
 from moejax.progress import format_bytes
-from moejax.step import BATCH_KEYS, init_state, make_train_step
+from moejax.step import BATCH_KEYS, TrainState, make_train_step
 
 
-def compile_step(config: Config, model: Transformer):
-  """The compiled step; says what memory it takes.
+def compile_step(config: Config, model: Transformer, state: TrainState):
+  """The compiled step; says what memory it takes on each device.
+
+  Args:
+    config, model: what is trained.
+    state: shapes, dtypes and shardings.
 
   Raises:
     ConfigError: more than there is.
   """
-  state = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
-  shape = config.train.batch_size, config.data.seq_len
-  batch = dict.fromkeys(BATCH_KEYS, jax.ShapeDtypeStruct(shape, "int32"))
-  batch["loss_mask"] = jax.ShapeDtypeStruct(shape, "bool")
-  batch = runs.on_device(batch)
-  step = jax.jit(make_train_step(config, model), donate_argnums=0)
-  compiled = step.lower(state, batch).compile()
+  compiled = lower_step(config, model, state).compile()
   stats = compiled.memory_analysis()
   needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
   needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
   require_memory(
     needed, "a training step", "lower train.batch_size or data.seq_len, raise "
     "train.accumulation_steps, or set model.remat=full",
+    _local_devices(state),
   )  # fmt: skip
-  print(f"memory: a step takes {format_bytes(needed)}", flush=True)
+  each = " on each device" if len(state.step.sharding.device_set) > 1 else ""
+  print(f"memory: a step takes {format_bytes(needed)}{each}", flush=True)
   return compiled
 
 
-def check_state_fits(config: Config) -> None:
-  """Refuses a model whose training state alone is more than the memory."""
-  # float32 parameters, gradients and the two moments of AdamW.
-  needed = 16 * count(config.model).num_params
-  require_memory(needed, "the training state", "make the model smaller")
+def lower_step(config: Config, model: Transformer, state: TrainState):
+  """The step of abstract arguments, ready to be compiled."""
+  shape = config.train.batch_size, config.data.seq_len
+  where = model.placement.sharding(TOKENS)
+  array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+  batch = dict.fromkeys(BATCH_KEYS, array("int32")) | {
+    "loss_mask": array("bool")
+  }
+  where = jax.tree.map(lambda x: x.sharding, state)
+  step = jax.jit(
+    make_train_step(config, model), donate_argnums=0,
+    # The state stays where it is, so that the next step fits on it.
+    out_shardings=(where, None),
+  )  # fmt: skip
+  return step.lower(state, batch)
 
 
-def require_memory(needed: int, what: str, fix: str) -> None:
-  """Refuses what is beyond the first device's memory, or the host's on a CPU.
+def check_state_fits(state: TrainState) -> None:
+  """Refuses a model whose training state alone is more than the memory.
+
+  Args:
+    state: shapes, dtypes and shardings.
+  """
+  # A gradient is as large as its parameter.
+  needed = _device_bytes(state) + _device_bytes(state.params)
+  require_memory(
+    needed, "the training state", "make the model smaller, or split it by "
+    "parallel.fsdp", _local_devices(state),
+  )  # fmt: skip
+
+
+def _local_devices(state: TrainState) -> int:
+  """How many devices of this host a run uses."""
+  return len(state.step.sharding.addressable_devices)
+
+
+def _device_bytes(state: Any) -> int:
+  """Bytes of a tree's parts on one device."""
+  parts = (
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(state)
+  )
+  return sum(parts)
+
+
+def require_memory(needed: int, what: str, fix: str, devices: int = 1) -> None:
+  """Refuses what is beyond a device's memory, or its share of the host's.
+
+  Args:
+    needed: bytes on each device.
+    what, fix: for the message.
+    devices: of this host, that the run uses.
 
   Raises:
     ConfigError: says both numbers and the fix.
   """
-  has = device_memory(jax.devices()[0])
-  if has is not None and needed > has:
+  device = jax.local_devices()[0]
+  has = device_memory(device)
+  if has is None:
+    return
+  if device.platform == "cpu":  # its devices share the host's memory
+    has //= devices
+  if needed > has:
+    each = f"each of {devices} devices" if devices > 1 else "this machine"
     raise ConfigError(
-      f"{what} needs {format_bytes(needed)}, this machine has "
-      f"{format_bytes(has)}; {fix}"
+      f"{what} needs {format_bytes(needed)}, {each} has {format_bytes(has)}; "
+      f"{fix}"
     )
 
 

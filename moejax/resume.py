@@ -4,7 +4,6 @@
 import os
 from typing import Any
 
-import jax
 import numpy as np
 
 from moejax import runs
@@ -12,16 +11,15 @@ from moejax.checkpoint import Checkpointer, CheckpointReader, Restored
 from moejax.config import Config, differences
 from moejax.data import StoreSet, Tokenizer
 from moejax.errors import CheckpointError
-from moejax.models import Transformer
 from moejax.optimizer import schedule_values
-from moejax.step import init_state
+from moejax.step import TrainState
 
 # A changed value of these changes nothing that was or will be computed.
 FREE_OPTIONS = (
   "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
   "data.store", "train.accumulation_steps", "model.remat",
   "model.attention", "model.moe.matmul", "model.moe.dispatch",
-  "loss.chunk_size",
+  "loss.chunk_size", "parallel.",
 )  # fmt: skip
 
 
@@ -43,12 +41,20 @@ def refuse_converted(workdir: str | os.PathLike) -> None:
 
 def restore_or_none(
   config: Config,
-  model: Transformer,
+  abstract: TrainState,
   checkpoints: Checkpointer,
   tokenizer: Tokenizer,
   stores: StoreSet,
 ) -> Restored | None:
-  """The newest valid checkpoint, if it is of this very run."""
+  """The newest valid checkpoint, if it is of this very run.
+
+  Args:
+    abstract: the state to return, with a sharding for each leaf.
+    config, checkpoints, tokenizer, stores: of the run.
+
+  Raises:
+    CheckpointError: it is of another run, or none is intact.
+  """
   if checkpoints.is_empty():
     return None
   meta = checkpoints.read_meta()
@@ -61,7 +67,6 @@ def restore_or_none(
         f"the {name} changed since step {meta['step']} (sha256 "
         f"{meta[name][:12]} -> {mine[:12]}); put it back or use a new --workdir"
       )
-  abstract = runs.on_device(jax.eval_shape(lambda: init_state(config, model)))
   return checkpoints.restore(abstract)
 
 

@@ -7,14 +7,14 @@ same rule (`w_gate_EDF`), and einsum letters match the suffixes.
   B  batch rows                 E  experts
   T  tokens of a row, queries   X  experts per token
   S  keys                       A  assignments (token, expert), at most T*X
-  D  model width                C  capacity of one expert
+  D  model width                C  capacity of one expert, of one device
   N  query heads                F  hidden width of an expert or MLP
   K  key/value heads            V  vocabulary
   H  size of one head           L  layers
   G  query heads per KV head    R  repeats of the layer pattern
-  Z  width of a latent vector
+  Z  width of a latent vector   P  devices of a mesh axis
 
 Where a layer flattens its rows, `T` counts all of the batch's tokens.
 """
 
-LEGEND = "BTSDNKHGEXACFVLRZ"
+LEGEND = "BTSDNKHGEXACFVLRZP"

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax import losses
+from moejax import losses, parallel
 from moejax.config import Config
+from moejax.data import Shards
 from moejax.models import Rows, Transformer, Variables, init_variables
+from moejax.models.placement import TABLE, TOKENS, Axes, OneDevice, Partial
 from moejax.models.router_state import as_router_state
+from moejax.models.transformer import boxed_variables
 from moejax.optimizer import make_optimizer, make_schedule
 from moejax.routing import RouterStats, balance, resolve
 
@@ -49,9 +53,9 @@ class TrainState:
     return {"params": self.params, **state}
 
 
-def device_batch(batch: dict[str, np.ndarray]) -> Batch:
-  """What a step computes with, on the device."""
-  return {key: jnp.asarray(batch[key]) for key in BATCH_KEYS}
+def device_batch(batch: dict[str, np.ndarray], placement: OneDevice) -> Batch:
+  """What a step computes with, on the devices."""
+  return {key: placement.put(batch[key], TOKENS) for key in BATCH_KEYS}
 
 
 def init_state(config: Config, model: Transformer) -> TrainState:
@@ -69,6 +73,42 @@ def init_state(config: Config, model: Transformer) -> TrainState:
     ),
     rng=rng,
   )
+
+
+def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
+  """Where each leaf of a TrainState lies on a mesh, as a TrainState.
+
+  Raises:
+    ConfigError: a parameter that does not divide, by name.
+  """
+  variables = parallel.shardings(mesh, boxed_variables(model))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  state = jax.eval_shape(lambda: init_state(config, model))
+  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  # Moments lie where their parameters lie.
+  opt_state = optax.tree_map_params(
+    optimizer, lambda _, sharding: sharding, state.opt_state,
+    variables["params"], transform_non_params=lambda _: everywhere,
+  )  # fmt: skip
+  router_state = jax.tree.map(lambda _: everywhere, state.router_state)
+  return TrainState(
+    everywhere, variables["params"], opt_state, router_state, everywhere
+  )
+
+
+def abstract_state(
+  config: Config, model: Transformer, shardings: TrainState
+) -> TrainState:
+  """Shapes, dtypes and shardings of a state."""
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    jax.eval_shape(lambda: init_state(config, model)), shardings,
+  )  # fmt: skip
+
+
+def shards_of(model: Transformer, batch_size: int) -> Shards:
+  """Which rows of a global batch this process reads."""
+  return Shards(*model.placement.reader(batch_size))
 
 
 def make_train_step(
@@ -153,13 +193,14 @@ def batch_sums(
   M = config.train.accumulation_steps
   if M == 1:
     return forward(batch, rng_B)
-  fold = lambda x: x.reshape(M, B // M, *x.shape[1:])
+  # Rows m, M + m, 2 M + m, ...: each device has its part of each microbatch.
+  fold = lambda x: x.reshape(B // M, M, *x.shape[1:]).swapaxes(0, 1)
   micros = jax.tree.map(fold, (batch, rng_B))
   body = jax.checkpoint(lambda micro: forward(*micro), prevent_cse=False)
   _, (sums, stats) = jax.lax.scan(lambda _, m: (None, body(m)), None, micros)
   sums = jax.tree.map(lambda x: x.sum(0), sums)
-  # [M, L, b, ...] -> [L, M * b, ...]: the rows of the batch, in order.
-  join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], B, *x.shape[3:])
+  # [M, L, b, ...] -> [L, b * M, ...]: the rows of the batch, in order.
+  join = lambda x: jnp.moveaxis(x, 0, 2).reshape(x.shape[1], B, *x.shape[3:])
   return sums, jax.tree.map(join, stats)
 
 
@@ -168,25 +209,35 @@ def _forward_sums(config, model, variables, batch, rng_B):
   rows = Rows(batch["segment_ids"], batch["positions"], rng_B)
   output = model.apply(variables, batch["tokens"], rows)
   table_VD = model.apply(variables, method="output_table")
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
-  sums = losses.next_token_sums(
-    flat(output.hidden_BTD),
-    table_VD,
-    flat(batch["targets"]),
-    flat(batch["loss_mask"]),
-    config.loss.z_loss,
-    config.loss.chunk_size,
-  )
+
+  def local(table_VD, hidden_BTD, *labels):
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    hidden_TD, targets_T, mask_T = map(flat, (hidden_BTD, *labels))
+    return losses.next_token_sums(
+      hidden_TD, table_VD, targets_T, mask_T, config.loss.z_loss,
+      config.loss.chunk_size,
+    )  # fmt: skip
+
+  # Every device takes tokens of its own, also those that share heads.
+  tokens = Axes("batch", "spread_tokens")
+  hidden = Axes("batch", "spread_tokens", None)
+  sums = model.placement.local(
+    local, (TABLE, hidden, tokens, tokens), Partial(Axes(), tuple(tokens))
+  )(table_VD, output.hidden_BTD, batch["targets"], batch["loss_mask"])
   return sums, output.stats
 
 
 def make_eval_step(
   config: Config, model: Transformer
 ) -> Callable[[Any, Batch], tuple[losses.LossSums, RouterStats | None]]:
-  """`(variables, batch) -> sums`: no routing noise, no gradient."""
+  """`(variables, batch) -> sums`: no routing noise, no gradient.
+
+  The routers' sums are those of all rows, [L, 1, ...].
+  """
 
   def eval_step(variables, batch):
-    return _forward_sums(config, model, variables, batch, None)
+    sums, stats = _forward_sums(config, model, variables, batch, None)
+    return sums, jax.tree.map(lambda x: x.sum(1, keepdims=True), stats)
 
   return eval_step
 

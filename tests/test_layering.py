@@ -25,7 +25,7 @@ LAYERS = {
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train init_from resume step memory runs evaluate generate "
+    "__main__ cli train loop init_from resume step memory runs evaluate generate "
     "describe report data.command finetune analysis plan convert"
   ),
 }

@@ -303,7 +303,7 @@ def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):
       "config.py", [f"--config.train.accumulation_steps={steps}"]
     )
     stores = open_stores(config.data, load_tokenizer("byte"))
-    batches = list(validation_batches(config, stores, 2))
+    batches = list(validation_batches(config, build(config.model), stores, 2))
     assert all(len(batch["row"]) == 4 // steps for batch in batches)
     rows.append(np.concatenate([batch["row"] for batch in batches]))
   np.testing.assert_array_equal(*rows)

@@ -11,6 +11,7 @@ file_batches(...)             rows of files that are in no store
 from moejax.data.builder import prepare
 from moejax.data.loader import (
   BatchIterator,
+  Shards,
   file_batches,
   load_batches,
   validation_batches,
@@ -20,6 +21,7 @@ from moejax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
   "BatchIterator",
+  "Shards",
   "StoreSet",
   "Tokenizer",
   "file_batches",

@@ -33,6 +33,41 @@ _THREADS = 2
 _VALIDATION_SEED = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Shards:
+  """How the rows of a global batch are dealt to those who read them.
+
+  Attributes:
+    index: of this process's shard.
+    rows: of each shard, its rows within the batch; as many in each, and each
+      row in one.
+  """
+
+  index: int
+  rows: tuple[tuple[int, ...], ...]
+
+  @classmethod
+  def even(cls, batch_size: int, index: int = 0, count: int = 1) -> Self:
+    """`count` stretches of neighbouring rows.
+
+    Raises:
+      ValueError: they do not divide.
+    """
+    if batch_size % count:
+      raise ValueError(f"{batch_size} rows do not divide by {count} shards")
+    size = batch_size // count
+    stretches = (range(i * size, (i + 1) * size) for i in range(count))
+    return cls(index, tuple(map(tuple, stretches)))
+
+  @property
+  def mine(self) -> tuple[int, ...]:
+    return self.rows[self.index]
+
+  @property
+  def batch_size(self) -> int:
+    return sum(map(len, self.rows))
+
+
 class BatchIterator:
   """Iterates over batches; close it, or use it in a `with` block.
 
@@ -85,8 +120,7 @@ def load_batches(
   seed: int,
   *,
   start_step: int = 0,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  shards: Shards | None = None,
 ) -> BatchIterator:
   """Endless training batches, from step `start_step` on.
 
@@ -97,15 +131,13 @@ def load_batches(
     batch_size: rows of the global batch.
     seed: of the order; each source is shuffled anew in each of its epochs.
     start_step: the first batch to return.
-    shard_index, shard_count: this process returns rows
-      [shard_index, shard_index + 1) * batch_size / shard_count of each batch.
+    shards: which rows of each batch this process returns; None: all.
 
   Raises:
     DataError: a source has no rows in this split; while iterating: a damaged
       record, or an id outside the vocabulary.
   """
-  if batch_size % shard_count:
-    raise ValueError(f"{batch_size} rows do not divide by {shard_count} shards")
+  shards = shards or Shards.even(batch_size)
   for s, weight in zip(stores.stores, stores.weights):
     if weight and not s.rows(split):
       raise DataError(f"{s.source} has no {split} rows; see {s.folder}")
@@ -117,9 +149,9 @@ def load_batches(
       _rows(stores, n, split, seed).repeat(None)
       for n in range(len(stores.stores))
     ],
-    _ByShard(Mixture([(0, stores.weights)]), batch_size, shard_count),
+    _ByShard(Mixture([(0, stores.weights)]), shards),
   )
-  ahead = max(1, config.prefetch_rows // (batch_size // shard_count))
+  ahead = max(1, config.prefetch_rows // len(shards.mine))
   workers = None
   if config.num_workers:
     _allow_workers()
@@ -130,7 +162,7 @@ def load_batches(
     grain.experimental.ElasticIterator(
       dataset,
       batch_size,
-      grain.sharding.ShardOptions(shard_index, shard_count),
+      grain.sharding.ShardOptions(shards.index, len(shards.rows)),
       read_options=grain.ReadOptions(_THREADS, ahead),
       multiprocessing_options=workers,
     )
@@ -144,8 +176,7 @@ def validation_batches(
   batch_size: int,
   num_batches: int | None = None,
   *,
-  shard_index: int = 0,
-  shard_count: int = 1,
+  shards: Shards | None = None,
 ) -> BatchIterator:
   """Validation rows once, in an order that never changes.
 
@@ -157,13 +188,12 @@ def validation_batches(
     stores: as `open_stores` returns them.
     batch_size: rows of the global batch.
     num_batches: at most so many; None is all.
-    shard_index, shard_count: as in `load_batches`.
+    shards: as in `load_batches`.
 
   Raises:
     DataError: there are no validation rows; while iterating: as `load_batches`.
   """
-  if batch_size % shard_count:
-    raise ValueError(f"{batch_size} rows do not divide by {shard_count} shards")
+  shards = shards or Shards.even(batch_size)
   total = stores.rows("validation")
   if not total:
     raise DataError(
@@ -179,15 +209,13 @@ def validation_batches(
   ]
   count = math.ceil(total / batch_size)
   count = count if num_batches is None else min(count, num_batches)
-  local_size = batch_size // shard_count
 
   def batches() -> Iterator[np.ndarray]:
     for step in range(count):
-      begin = step * batch_size + shard_index * local_size
-      numbers = range(begin, min(begin + local_size, total))
-      picked = (mixture[number] for number in numbers)
+      numbers = (step * batch_size + row for row in shards.mine)
+      picked = (mixture[number] for number in numbers if number < total)
       elements = [rows[source][index] for source, index in picked]
-      yield _stack(elements, local_size, stores.seq_len)
+      yield _stack(elements, len(shards.mine), stores.seq_len)
 
   return BatchIterator(batches(), stores, "validation")
 
@@ -256,23 +284,19 @@ def file_batches(
 class _ByShard:
   """Reorders the mixture so that each shard's rows are neighbours.
 
-  Grain deals rows to the shards in turn; here shard `i` of `c` gets the i-th
-  stretch of each global batch, so the batches of all shards one after another
-  are the batch that a single process would read.
+  Grain deals rows to the shards in turn; here each gets those that are its own.
   """
 
   mixture: Mixture
-  batch_size: int
-  shard_count: int
+  shards: Shards
 
   def __len__(self) -> int:
     return sys.maxsize
 
   def __getitem__(self, index: int) -> tuple[int, int]:
-    start = index - index % self.batch_size
-    place, shard = divmod(index - start, self.shard_count)
-    local_size = self.batch_size // self.shard_count
-    return self.mixture[start + shard * local_size + place]
+    start = index - index % self.shards.batch_size
+    place, shard = divmod(index - start, len(self.shards.rows))
+    return self.mixture[start + self.shards.rows[shard][place]]
 
 
 @dataclasses.dataclass(frozen=True)

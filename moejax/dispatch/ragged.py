@@ -7,7 +7,7 @@ by permutation in both directions and in the gradient; other routings scatter.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,34 +34,53 @@ def ragged(
     routing: assignments; those with expert E contribute nothing.
     combine: False returns one unweighted row per assignment, y_AD.
   """
-  order_A, place_A, sizes_E = sort_by_expert(
-    routing.expert_A, routing.num_experts
-  )
+  h_AD, sorting = gather_rows(x_TD, routing)
+  y_AD = expert_fn(h_AD, sorting.sizes_E, weights)
+  return return_rows(y_AD, sorting, routing, x_TD.shape[0], combine)
+
+
+class Sorting(NamedTuple):
+  """How assignments lie sorted by expert: `sorted = x[order]`, and back.
+
+  Attributes:
+    order_A: which assignment each sorted row is.
+    place_A: where each assignment's row is: the inverse.
+    sizes_E: rows of each expert; those that go nowhere come last, in no group.
+  """
+
+  order_A: Array
+  place_A: Array
+  sizes_E: Array
+
+
+def gather_rows(x_TD: Array, routing: Routing) -> tuple[Array, Sorting]:
+  """A row for each assignment, sorted by expert."""
+  sorting = sort_by_expert(routing.expert_A, routing.num_experts)
   X = routing.experts_per_token
   if X:
-    h_AD = gather_sorted(x_TD, order_A, place_A, X)
-  else:
-    h_AD = x_TD[routing.token_A[order_A]]
-  y_AD = expert_fn(h_AD, sizes_E, weights)
-  y_AD = permute(y_AD, place_A, order_A)
+    return gather_sorted(x_TD, sorting.order_A, sorting.place_A, X), sorting
+  return x_TD[routing.token_A[sorting.order_A]], sorting
+
+
+def return_rows(
+  y_AD: Array, sorting: Sorting, routing: Routing, T: int, combine: bool
+) -> Array:
+  """Sorted rows in the assignments' order, or summed by token, [T, ...]."""
+  y_AD = permute(y_AD, sorting.place_A, sorting.order_A)
   if not combine:
     return y_AD
-  T = x_TD.shape[0]
   weight_A = routing.weight_A.astype(y_AD.dtype)
-  if X:
+  if X := routing.experts_per_token:
     y_TXD = y_AD.reshape(T, X, -1)
     return jnp.einsum("txd,tx->td", y_TXD, weight_A.reshape(T, X))
   y_TD = jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype)
   return y_TD.at[routing.token_A].add(y_AD * weight_A[:, None])
 
 
-def sort_by_expert(
-  expert_A: Array, num_experts: int
-) -> tuple[Array, Array, Array]:
-  """(order, place, group sizes): `sorted = x[order]`, `x = sorted[place]`.
+def sort_by_expert(expert_A: Array, num_experts: int) -> Sorting:
+  """The sorting of assignments; expert E is nowhere.
 
-  Assignments to expert E (nowhere) come last and are in no group. The sort is
-  stable, so the order within an expert is the tokens' own.
+  It is stable, so the order within an expert is the tokens' own.
   """
   A = expert_A.shape[0]
   order_A = _stable_order(expert_A, A, num_experts)
@@ -74,7 +93,7 @@ def sort_by_expert(
   sizes_E = (expert_A[:, None] == jnp.arange(num_experts)[None]).sum(
     0, jnp.int32
   )
-  return order_A, place_A, sizes_E
+  return Sorting(order_A, place_A, sizes_E)
 
 
 def _stable_order(expert_A: Array, A: int, E: int) -> Array:

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
+from moejax.models.backends import Backends
 from moejax.models.layers import rms_norm, scale, weight
+from moejax.models.placement import TOKENS, Axes
 from moejax.models.rope import rope
 from moejax.models.rows import Context, LayerCache
 from moejax.ops.attention import attention, choose_backend
@@ -28,8 +30,7 @@ class Attention(nn.Module):
   """
 
   config: ModelConfig
-  platform: str
-  backend: str
+  backends: Backends
   shares_kv: bool = False
 
   @nn.compact
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     if cfg.qk_norm == "head_after_rope":
       gains = (scale(self, name, H, "head_dim") for name in NORMS)
       q_BTNH = rms_norm(q_BTNH, next(gains) * next(gains), cfg.norm_eps)
-    y_BTNH = attend(self.platform, self.backend, q_BTNH, shared, context)
+    y_BTNH = attend(self.backends, q_BTNH, shared, context)
     w_o = weight(
       self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), cfg.init_std
     )
@@ -107,20 +108,41 @@ def clip_qkv(config: ModelConfig, x: Array) -> Array:
 
 
 def attend(
-  platform: str, backend: str, q_BTNH: Array, kv: LayerCache, context: Context
+  backends: Backends, q_BTNH: Array, kv: LayerCache, context: Context
 ) -> Array:
-  """Attention over `kv`: the rows' own tokens, or all that is cached."""
+  """Attention over `kv`: the rows' own tokens, or all that is cached.
+
+  Each device has its rows, heads and queries, and all keys of its rows.
+  """
   rows, keys = context.rows, context.keys
-  segments_BS, positions_BS = rows.segment_ids_BT, rows.positions_BT
+  placement = backends.placement
+  queries = rows.segment_ids_BT, rows.positions_BT
   if keys is not None:
-    segments_BS, positions_BS = keys.segment_ids_BS, keys.positions_BS
+    read = keys.segment_ids_BS, keys.positions_BS
+  else:
+    read = queries
+  same_row = keys is None and not placement.splits("tokens")
   S, H = kv.k_BSKH.shape[1], q_BTNH.shape[3]
   backend, _ = choose_backend(
-    platform, backend, seq_len=S, head_dim=H, dtype=q_BTNH.dtype
-  )
-  return attention(
-    q_BTNH, kv.k_BSKH, kv.v_BSKH,
-    query_segments_BT=rows.segment_ids_BT, key_segments_BS=segments_BS,
-    query_positions_BT=rows.positions_BT, key_positions_BS=positions_BS,
-    backend=backend,
+    backends.platform, backends.attention, seq_len=S, head_dim=H,
+    dtype=q_BTNH.dtype,
   )  # fmt: skip
+
+  def local(q_BTNH, k_BSKH, v_BSKH, queries, read):
+    read = queries if same_row else read
+    return attention(
+      q_BTNH, k_BSKH, v_BSKH,
+      query_segments_BT=queries[0], key_segments_BS=read[0],
+      query_positions_BT=queries[1], key_positions_BS=read[1],
+      backend=backend,
+    )  # fmt: skip
+
+  query_axes = Axes("batch", "tokens", "heads", None)
+  # One key for all heads (latent attention) is whole on each device.
+  one = kv.k_BSKH.shape[2] == 1
+  key_axes = Axes("batch", None, None if one else "kv_heads", None)
+  return placement.local(
+    local,
+    (query_axes, key_axes, key_axes, TOKENS, Axes("batch")),
+    query_axes,
+  )(q_BTNH, kv.k_BSKH, kv.v_BSKH, queries, read)

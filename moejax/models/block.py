@@ -1,38 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """One layer (a mixer and an MLP or experts, normed) and one repeat."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 
 from moejax.config import LayerConfig, ModelConfig
 from moejax.models.attention import Attention
+from moejax.models.backends import Backends
 from moejax.models.latent_attention import LatentAttention
 from moejax.models.layers import Mlp, Norm
-from moejax.models.moe import Dispatch, MoE
+from moejax.models.moe import MoE
 from moejax.models.moe_attention import MoEAttention
+from moejax.models.placement import STREAM
 from moejax.models.rows import Context, LayerCache
 from moejax.routing import RouterStats
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Backends:
-  """How the same maths is computed here: chosen once, by platform.
-
-  Attributes:
-    platform: cpu, gpu or tpu.
-    dispatch: moves tokens to experts.
-    matmul: name of the grouped matmul back end.
-    attention: name of the attention back end, or auto: by the row length.
-  """
-
-  platform: str
-  dispatch: Dispatch
-  matmul: str
-  attention: str
 
 
 Stats = tuple[RouterStats, ...]
@@ -71,30 +54,29 @@ class Block(nn.Module):
       self._before("attention_norm", x_BTD), layer, cache, shared, context
     )
     x_BTD += self._after("attention_norm", h_BTD)
+    x_BTD = self.backends.placement.constrain(x_BTD, STREAM)
     h_BTD = self._before("ffn_norm", x_BTD)
     if self.layer_config.ffn == "mlp":
       h_BTD = Mlp(self.config, self.config.d_mlp, name="mlp")(h_BTD)
     else:
-      backends = self.backends
-      moe = MoE(self.config, backends.dispatch, backends.matmul, name="moe")
+      moe = MoE(self.config, self.backends, name="moe")
       h_BTD, moe_stats = moe(h_BTD, context.rows, layer)
       stats += (moe_stats,)
-    return x_BTD + self._after("ffn_norm", h_BTD), stats, cache, shared
+    x_BTD += self._after("ffn_norm", h_BTD)
+    x_BTD = self.backends.placement.constrain(x_BTD, STREAM)
+    return x_BTD, stats, cache, shared
 
   def _mixer(self, h_BTD, layer, cache, shared, context):
-    cfg, backends, mixer = self.config, self.backends, self.layer_config.mixer
-    where = cfg, backends.platform, backends.attention
+    mixer, how = self.layer_config.mixer, (self.config, self.backends)
     if mixer == "moa":
-      moa = MoEAttention(
-        *where, backends.dispatch, backends.matmul, name="attention"
-      )
+      moa = MoEAttention(*how, name="attention")
       h_BTD, stats, cache, shared = moa(h_BTD, context, layer, cache)
       return h_BTD, (stats,), cache, shared
     if mixer == "mla":
-      latent = LatentAttention(*where, name="attention")
+      latent = LatentAttention(*how, name="attention")
       h_BTD, cache, shared = latent(h_BTD, context, cache)
       return h_BTD, (), cache, shared
-    attention = Attention(*where, mixer == "shared_kv", name="attention")
+    attention = Attention(*how, mixer == "shared_kv", name="attention")
     h_BTD, cache, shared = attention(h_BTD, context, cache, shared)
     return h_BTD, (), cache, shared
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.models.attention import attend
+from moejax.models.backends import Backends
 from moejax.models.layers import rms_norm, scale, weight
 from moejax.models.rope import rope, score_factor
 from moejax.models.rows import Context, LayerCache
@@ -30,8 +31,7 @@ class LatentAttention(nn.Module):
   """
 
   config: ModelConfig
-  platform: str
-  backend: str
+  backends: Backends
 
   @nn.compact
   def __call__(
@@ -52,7 +52,7 @@ class LatentAttention(nn.Module):
     size = (H + mla.rope_dim) ** -0.5 * score_factor(cfg.rope_scaling_spec)
     if cache is None:
       q, kv = self._expanded(q_BTNH, q_rope_BTNH, latent, w_k, w_v, size)
-      y_BTNH = attend(self.platform, self.backend, q, kv, context)
+      y_BTNH = attend(self.backends, q, kv, context)
       y_BTNH = y_BTNH[..., : mla.v_dim]
     else:
       latent = cache = cache.append(latent, context.keys.length)
@@ -61,7 +61,7 @@ class LatentAttention(nn.Module):
       q_BTNH *= size * q_BTNH.shape[-1] ** 0.5
       # Values are the first Z channels of the keys.
       both = LayerCache(latent.k_BSKH, latent.k_BSKH)
-      y_BTNZ = attend(self.platform, self.backend, q_BTNH, both, context)
+      y_BTNZ = attend(self.backends, q_BTNH, both, context)
       y_BTNH = jnp.einsum("btnz,znh->btnh", y_BTNZ[..., :Z], w_v)
     w_o = self._weight(
       "w_o_NHD", (N, mla.v_dim, D), ("heads", "head_dim", "embed")

@@ -19,7 +19,9 @@ def weight(
   `axes` are logical names; `parallel` maps them to a mesh.
   """
   init = nn.initializers.truncated_normal(std, jnp.float32, -3.0, 3.0)
-  return module.param(name, nn.with_logical_partitioning(init, axes), shape)
+  return module.param(
+    name, nn.with_logical_partitioning(init, tuple(axes)), shape
+  )
 
 
 def scale(module: nn.Module, name: str, size: int, axis: str) -> Array:
@@ -52,7 +54,7 @@ class Norm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     function = {"rms": rms_norm, "layer": layer_norm}[self.kind]
-    return function(x, scale(self, "scale", x.shape[-1], "embed"), self.eps)
+    return function(x, scale(self, "scale", x.shape[-1], "norm"), self.eps)
 
 
 class Mlp(nn.Module):

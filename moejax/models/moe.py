@@ -2,15 +2,18 @@
 """The MoE layer: router decides, dispatch moves, experts compute."""
 
 import functools
-from collections.abc import Callable
+from typing import Self
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.experts import GatedMlpWeights, gated_mlp
+from moejax.models.backends import Backends
 from moejax.models.layers import Mlp, weight
+from moejax.models.placement import STREAM, TOKENS, Axes, Partial
 from moejax.models.rows import Rows
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.routing import (
@@ -22,15 +25,19 @@ from moejax.routing import (
 )
 
 Array = jax.Array
-Dispatch = Callable[..., Array]
+
+
+EXPERT_IN, EXPERT_OUT = (
+  Axes("expert", "embed", "mlp"),
+  Axes("expert", "mlp", "embed"),
+)
 
 
 class MoE(nn.Module):
   """Routed experts, plus shared ones that every token visits."""
 
   config: ModelConfig
-  dispatch: Dispatch
-  matmul: str
+  backends: Backends
 
   @nn.compact
   def __call__(
@@ -40,16 +47,29 @@ class MoE(nn.Module):
 
     `layer` is the layer's index, which sets its routing noise apart.
     """
-    cfg = self.config
-    B, T, D = x_BTD.shape
-    routing, stats = route(self, cfg, x_BTD, rows, layer)
+    cfg, backends = self.config, self.backends
     expert_fn = functools.partial(
-      gated_mlp, functools.partial(grouped_matmul, backend=self.matmul)
+      gated_mlp, functools.partial(grouped_matmul, backend=backends.matmul)
     )
-    y_TD = self.dispatch(
-      expert_fn, self._weights(), x_BTD.reshape(B * T, D), routing
-    )
-    y_BTD = add_bias(self, cfg, y_TD.reshape(B, T, D))
+
+    def local(x_BTD, tokens, router, weights):
+      B, T, D = x_BTD.shape
+      routing, stats = route(cfg, backends, x_BTD, tokens, router)
+      y_TD = backends.dispatch(
+        expert_fn, weights, x_BTD.reshape(B * T, D), routing
+      )
+      return y_TD.reshape(B, T, D), stats
+
+    # Each device has a part of each expert's hidden channels.
+    out_axes = Partial(STREAM, over=("mlp",)), STATS
+    weights_axes = GatedMlpWeights(EXPERT_IN, EXPERT_IN, EXPERT_OUT)
+    y_BTD, stats = backends.placement.local(
+      local, (STREAM, TOKENS, ROUTER, weights_axes), out_axes
+    )(
+      x_BTD, RoutedTokens.of(rows, layer), router_weights(self, cfg),
+      jax.tree.map(lambda w: w.astype(x_BTD.dtype), self._weights()),
+    )  # fmt: skip
+    y_BTD = add_bias(self, cfg, y_BTD)
     shared = cfg.moe.num_shared_experts
     if shared:
       y_BTD += Mlp(cfg, shared * cfg.moe.d_expert, name="shared")(x_BTD)
@@ -58,45 +78,81 @@ class MoE(nn.Module):
   def _weights(self) -> GatedMlpWeights:
     cfg, std = self.config, self.config.init_std
     D, E, F = cfg.d_model, cfg.moe.num_experts, cfg.moe.d_expert
-    inward, outward = ("expert", "embed", "mlp"), ("expert", "mlp", "embed")
     return GatedMlpWeights(
-      w_gate_EDF=weight(self, "w_gate_EDF", (E, D, F), inward, std),
-      w_up_EDF=weight(self, "w_up_EDF", (E, D, F), inward, std),
-      w_down_EFD=weight(self, "w_down_EFD", (E, F, D), outward, std),
+      w_gate_EDF=weight(self, "w_gate_EDF", (E, D, F), EXPERT_IN, std),
+      w_up_EDF=weight(self, "w_up_EDF", (E, D, F), EXPERT_IN, std),
+      w_down_EFD=weight(self, "w_down_EFD", (E, F, D), EXPERT_OUT, std),
     )
 
 
-def route(
-  module: nn.Module, config: ModelConfig, x_BTD: Array, rows: Rows, layer: Array
-) -> tuple[Routing, RouterStats]:
-  """The routing of a layer by a router of its own, and its sums."""
+@flax.struct.dataclass
+class RouterWeights:
+  """What a layer's router decides by; `bias_E` is its state, if it has one."""
+
+  w_DE: Array
+  bias_E: Array | None
+
+
+@flax.struct.dataclass
+class RoutedTokens:
+  """What a router knows of tokens beside their logits, [B, T] each.
+
+  Attributes:
+    mask_BT: False for padding.
+    keys_BT: a random key each; None where nothing is random.
+  """
+
+  mask_BT: Array
+  keys_BT: Array | None
+
+  @classmethod
+  def of(cls, rows: Rows, layer: Array) -> Self:
+    return cls(rows.segment_ids_BT > 0, rows.token_keys(layer))
+
+
+ROUTER = RouterWeights(Axes("embed", None), Axes(None))
+STATS = Partial(Axes("batch"), over=("tokens",))
+
+
+def router_weights(module: nn.Module, config: ModelConfig) -> RouterWeights:
+  """The parameters and the state of a layer's own router."""
   D, E = config.d_model, config.moe.num_experts
-  w_DE = weight(
-    module, "w_router_DE", (D, E), ("embed", "router"), config.init_std
-  )
+  w_DE = weight(module, "w_router_DE", (D, E), ROUTER.w_DE, config.init_std)
+  if not balance.has_bias(resolve(config.moe.router_spec)):
+    return RouterWeights(w_DE, None)
+  zeros = lambda: jnp.zeros(E, jnp.float32)
+  bias = module.variable("router_state", balance.NAME, zeros)
+  return RouterWeights(w_DE, bias.value)
+
+
+def route(
+  config: ModelConfig,
+  backends: Backends,
+  x_BTD: Array,
+  tokens: RoutedTokens,
+  weights: RouterWeights,
+) -> tuple[Routing, RouterStats]:
+  """The routing of the flattened tokens, and its sums of each row."""
   # float32 at full precision: rounded logits flip near-ties.
   logits_TE = jnp.matmul(
-    x_BTD.reshape(-1, D).astype(jnp.float32), w_DE,
+    x_BTD.reshape(-1, config.d_model).astype(jnp.float32), weights.w_DE,
     precision=jax.lax.Precision.HIGHEST,
   )  # fmt: skip
-  mask_BT = rows.segment_ids_BT > 0
   router = resolve(config.moe.router_spec)
-  state = {}
-  if balance.has_bias(router):
-    zeros = lambda: jnp.zeros(E, jnp.float32)
-    state["bias_E"] = module.variable("router_state", balance.NAME, zeros).value
-  keys = rows.token_keys(layer)
+  state = {} if weights.bias_E is None else {"bias_E": weights.bias_E}
+  keys = None if tokens.keys_BT is None else tokens.keys_BT.reshape(-1)
   routing = check_routing(
-    router(logits_TE, mask_BT.reshape(-1), rng=keys, **state),
+    router(logits_TE, tokens.mask_BT.reshape(-1), rng=keys, **state),
     config.moe.router,
   )
-  return routing, RouterStats.of(routing, mask_BT)
+  routing = backends.placement.admit(routing)
+  return routing, RouterStats.of(routing, tokens.mask_BT)
 
 
 def add_bias(module: nn.Module, config: ModelConfig, y_BTD: Array) -> Array:
   """One bias after the sum over experts, ungated (JetMoE), if it is wanted."""
   if not config.moe.output_bias:
     return y_BTD
-  init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+  init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
   bias_D = module.param("bias_D", init, (config.d_model,))
   return y_BTD + bias_D[None, None].astype(y_BTD.dtype)

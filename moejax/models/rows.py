@@ -27,7 +27,7 @@ class Rows:
   rng_B: Array | None = None
 
   def token_keys(self, layer: Array) -> Array | None:
-    """One key per token [B*T] of this layer, whatever the batch's split."""
+    """One key per token [B, T] of this layer, whatever the batch's split."""
     if self.rng_B is None:
       return None
     tokens_T = jnp.arange(self.segment_ids_BT.shape[1])
@@ -36,7 +36,7 @@ class Rows:
       key = jax.random.fold_in(key, layer)
       return jax.vmap(lambda t: jax.random.fold_in(key, t))(tokens_T)
 
-    return jax.vmap(of_row)(self.rng_B).reshape(-1)
+    return jax.vmap(of_row)(self.rng_B)
 
 
 @flax.struct.dataclass

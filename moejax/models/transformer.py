@@ -11,8 +11,10 @@ import jax.numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.dispatch import DISPATCHES
-from moejax.models.block import Backends, Block, Repeat
+from moejax.models.backends import Backends
+from moejax.models.block import Block, Repeat
 from moejax.models.layers import Norm, weight
+from moejax.models.placement import STREAM, TABLE, TOKENS, OneDevice
 from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
@@ -58,8 +60,7 @@ class Transformer(nn.Module):
   def setup(self):
     cfg = self.config
     backends = self.backends or choose_backends(cfg)
-    V, D = cfg.vocab_size, cfg.d_model
-    axes = ("vocab", "embed")
+    V, D, axes = cfg.vocab_size, cfg.d_model, TABLE
     self.w_embed_VD = weight(self, "w_embed_VD", (V, D), axes, cfg.init_std)
     if not cfg.tie_embeddings:
       self.w_output_VD = weight(self, "w_output_VD", (V, D), axes, cfg.init_std)
@@ -76,15 +77,21 @@ class Transformer(nn.Module):
     self, tokens_BT: Array, rows: Rows, cache: KVCache | None = None
   ) -> ModelOutput:
     """Runs all layers; with a cache, `tokens` are appended to it."""
-    cfg = self.config
-    x_BTD = self.w_embed_VD[tokens_BT].astype(cfg.dtype)
+    cfg, placement = self.config, self.placement
+    embed = placement.local(
+      lambda table_VD, tokens_BT: table_VD[tokens_BT].astype(cfg.dtype),
+      (TABLE, TOKENS), STREAM,
+    )  # fmt: skip
+    x_BTD = embed(self.w_embed_VD, tokens_BT)
     keys = cache.append_rows(rows) if cache else None
     frequencies_H = rope_frequencies(
       cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling_spec
     )
-    angles = rope_angles(
-      rows.positions_BT, frequencies_H, angle_factor(cfg.rope_scaling_spec)
-    )
+    factor = angle_factor(cfg.rope_scaling_spec)
+    angles = placement.local(
+      lambda positions_BT: rope_angles(positions_BT, frequencies_H, factor),
+      (TOKENS,), STREAM,
+    )(rows.positions_BT)  # fmt: skip
     context = Context(rows, *angles, keys)
     prefix_stats, prefix_caches, shared = (), [], None
     for i, block in enumerate(self.prefix):
@@ -124,6 +131,11 @@ class Transformer(nn.Module):
       caches.append(mine)
     stats = jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else ()
     return x_BTD, stats, tuple(caches)
+
+  @property
+  def placement(self) -> OneDevice:
+    """How its arrays lie on devices."""
+    return self.backends.placement if self.backends else OneDevice()
 
   def output_table(self) -> Array:
     """The output embedding [V, D]."""
@@ -166,9 +178,19 @@ def describe_backends(model: Transformer, seq_len: int) -> list[str]:
 @functools.partial(jax.jit, static_argnums=0)
 def init_variables(model: Transformer, key: Array) -> Variables:
   """Float32 variables, unboxed; one program, also when called bare."""
+  return nn.unbox(_init(model, key))
+
+
+def boxed_variables(model: Transformer) -> Variables:
+  """Shapes and dtypes, each in Flax's box with the names of its axes."""
+  return jax.eval_shape(lambda: _init(model, jax.random.key(0)))
+
+
+def _init(model: Transformer, key: Array) -> Variables:
   tokens_BT = jnp.zeros((1, 8), jnp.int32)
   rows = Rows(jnp.ones((1, 8), jnp.int32), jnp.arange(8)[None])
-  return nn.unbox(model.init(key, tokens_BT, rows))
+  # So short a row cannot be split; where variables lie, the caller says.
+  return Transformer(model.config).init(key, tokens_BT, rows)
 
 
 def unstack_repeats(config: ModelConfig, variables: Variables) -> Variables:

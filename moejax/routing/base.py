@@ -88,14 +88,25 @@ class Routing:
       experts_per_token=X,
     )
 
-  def of_assignments(self) -> Self:
-    """The same choices for rows that are assignments already, one expert each.
+  @classmethod
+  def of_rows(cls, expert: Array, weight: Array, num_experts: int) -> Self:
+    """Rows that are assignments already, one expert each, E for nowhere.
 
     A second pass through the same experts: mixture of attention heads routes
     tokens on the way in and their heads, [A, ...], on the way out.
+
+    Args:
+      expert, weight: of any shape, flattened here.
+      num_experts: E.
     """
-    rows_A = jnp.arange(self.expert_A.shape[0], dtype=jnp.int32)
-    return self.replace(token_A=rows_A, experts_per_token=1)
+    A = expert.size
+    return cls(
+      token_A=jnp.arange(A, dtype=jnp.int32),
+      expert_A=expert.reshape(A),
+      weight_A=weight.reshape(A),
+      logits_TE=jnp.zeros((A, num_experts), jnp.float32),  # for its shape
+      experts_per_token=1,
+    )
 
 
 def _check_choice(expert_TX, weight_TX, logits_TE) -> None:

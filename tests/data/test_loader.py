@@ -14,6 +14,7 @@ import pytest
 
 from moejax.config import DataConfig
 from moejax.data import (
+  Shards,
   file_batches,
   load_batches,
   load_tokenizer,
@@ -80,7 +81,7 @@ def test_the_same_seed_gives_the_same_batches_and_another_others(made):
 def test_shards_one_after_another_are_the_global_batch(made, shard_count):
   whole = take(made, 5, start_step=2)
   shards = [
-    take(made, 5, start_step=2, shard_index=i, shard_count=shard_count)
+    take(made, 5, start_step=2, shards=Shards.even(B, i, shard_count))
     for i in range(shard_count)
   ]
   joined = [
@@ -88,6 +89,15 @@ def test_shards_one_after_another_are_the_global_batch(made, shard_count):
     for parts in zip(*shards)
   ]
   assert_equal(joined, whole)
+
+
+def test_shards_need_not_be_neighbouring_rows(made):
+  rows = ((0, 5, 6, 3), (7, 1, 2, 4))
+  whole = take(made, 5, start_step=2)
+  for index, mine in enumerate(rows):
+    part = take(made, 5, start_step=2, shards=Shards(index, rows))
+    picked = [{k: x[list(mine)] for k, x in batch.items()} for batch in whole]
+    assert_equal(part, picked)
 
 
 def test_a_jump_is_a_walk(made):
@@ -102,7 +112,7 @@ def test_a_jump_takes_no_longer_for_being_far(made):
 
 
 def test_reader_processes_change_nothing(made):
-  kwargs = dict(start_step=3, shard_index=1, shard_count=2)
+  kwargs = dict(start_step=3, shards=Shards.even(B, 1, 2))
   inline = take(made, 12, **kwargs)
   assert_equal(take(made, 12, num_workers=2, **kwargs), inline)
 
@@ -181,7 +191,7 @@ def test_validation_shards_and_limits(made):
   whole = list(validation_batches(stores, B, 3))
   assert len(whole) == 3
   shards = [
-    list(validation_batches(stores, B, 3, shard_index=i, shard_count=2))
+    list(validation_batches(stores, B, 3, shards=Shards.even(B, i, 2)))
     for i in range(2)
   ]
   joined = [
@@ -230,10 +240,9 @@ def test_a_damaged_record_is_named(tmp_path, num_workers):
     list(itertools.islice(batches, count))
 
 
-def test_uneven_shards_are_refused(made):
-  config, stores = made
+def test_uneven_shards_are_refused():
   with pytest.raises(ValueError, match="8 rows do not divide by 3"):
-    load_batches(stores, config, "train", B, 0, shard_count=3)
+    Shards.even(B, 0, 3)
 
 
 def test_closing_ends_the_readers(made):

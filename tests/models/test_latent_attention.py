@@ -20,6 +20,7 @@ from moejax.models.rope import (
   score_factor,
 )
 from moejax.models.rows import Context
+from moejax.models.transformer import choose_backends
 from moejax.spec import Spec
 from tests.test_published import read
 
@@ -103,7 +104,7 @@ def test_a_layer_by_hand(v_dim):
     angle_factor(spec),
   )  # fmt: skip
   context = Context(rows, *angles, None)
-  layer = LatentAttention(config, "cpu", "plain")
+  layer = LatentAttention(config, choose_backends(config, "cpu"))
   x_BTD = jax.random.normal(jax.random.key(0), (1, T, config.d_model))
   params = nn.unbox(layer.init(jax.random.key(1), x_BTD, context, None))
   for gain in ("q_norm", "kv_norm"):

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host side of training: read, step, log, evaluate, save, in that order."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax import data as data_lib
+from moejax import runs
+from moejax.checkpoint import Checkpointer, Restored
+from moejax.config import Config
+from moejax.data.tokenizer import Tokenizer
+from moejax.errors import UserError
+from moejax.evaluate import evaluate
+from moejax.generate import DEFAULT_SAMPLING, generate
+from moejax.hardware import peak_flops
+from moejax.metrics import RunLog
+from moejax.models import Transformer, build, train_flops_per_token
+from moejax.parallel import on_one_device
+from moejax.progress import TrainProgress
+from moejax.runlock import PreemptionGuard
+from moejax.step import TrainState, device_batch, shards_of
+
+# Steps between records of the [L, E] expert loads: a picture needs no more.
+LOAD_EVERY = 10
+
+
+class Loop:
+  """The host side of training: order of saving, reading, stepping, logging.
+
+  Everything that belongs to step n (its metrics line, its evaluation, its
+  checkpoint) is done before the batch of step n + 1 is drawn, so a checkpoint
+  and its data position always agree. Metrics alone are fetched one step late,
+  while the device already works on the next.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stores: Any,
+    checkpoints: Checkpointer,
+    workdir: Path,
+    state: TrainState,
+    restored: Restored | None,
+  ):
+    self.dropped_noted = False
+    self.config, self.model, self.tokenizer = config, model, tokenizer
+    self.stores, self.checkpoints, self.workdir = stores, checkpoints, workdir
+    self.state = state
+    self.step = int(state.step)
+    self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
+    self.flops_per_token = train_flops_per_token(
+      config.model, config.data.seq_len
+    )
+    self.saved_step = -1
+    self.pending: tuple[int, dict[str, Any]] | None = None
+    self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
+    self.clock = time.perf_counter()
+
+  def run(self, train_step, guard: PreemptionGuard) -> bool:
+    """Trains until the end or a signal; True if a signal came first."""
+    config = self.config
+    last = config.train.num_steps
+    batches = data_lib.load_batches(
+      self.stores, config.data, "train", config.train.batch_size, config.seed,
+      start_step=self.step,
+      shards=shards_of(self.model, config.train.batch_size),
+    )  # fmt: skip
+    with (
+      batches,
+      RunLog(self.workdir, self.step) as self.log,
+      TrainProgress(last, self.step) as self.progress,
+    ):
+      stop = False
+      while self.step < last and not stop:
+        with self._timed("input_wait"):
+          batch = next(batches)
+        self.state, metrics = train_step(
+          self.state, device_batch(batch, self.model.placement)
+        )
+        self._log_pending()
+        self.step += 1
+        self.pending = (self.step, metrics)
+        self._after_step()
+        stop = guard.should_stop(self.step)
+      self._log_pending()
+      if self.saved_step != self.step:
+        self._save()
+      self.checkpoints.wait()
+    return self.step < last
+
+  def _after_step(self) -> None:
+    config = self.config
+    # The end is evaluated before it is saved: a saved run is complete.
+    at_end = self.step == config.train.num_steps
+    if at_end or _due(config.eval.every, self.step):
+      self._log_pending()
+      self._evaluate()
+    if _due(config.checkpoint.every, self.step):
+      self._log_pending()
+      self._save()
+    self.checkpoints.check()
+
+  def _log_pending(self) -> None:
+    """Fetches and logs the step before, while the device works."""
+    if self.pending is None:
+      return
+    step, metrics = self.pending
+    self.pending = None
+    metrics = jax.device_get(metrics)
+    if "load_LE" in metrics:
+      load_LE = metrics.pop("load_LE")
+      if step % LOAD_EVERY == 0 or step == 1:
+        self.log.load(step, load_LE)
+    self._check_finite(step, metrics)
+    self._note_dropped(step, metrics)
+    tokens = int(metrics["tokens"])
+    self.tokens_seen += tokens
+    metrics["tokens"] = self.tokens_seen
+    self.log.step(step, metrics)
+    self._log_time(step, tokens, metrics)
+
+  def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+    """Before step n is saved: loss and gradient of it, parameters after it."""
+    for name in ("loss/total", "grad_norm", "param_norm"):
+      if not np.isfinite(metrics[name]):
+        self.checkpoints.wait()
+        newest = self.checkpoints.latest()
+        raise UserError(
+          f"{name} is {metrics[name]} at step {step} (newest checkpoint before "
+          f"it: {newest}); use a lower optimizer.learning_rate in a new "
+          "--workdir, or look at the data of this step"
+        )
+
+  def _note_dropped(self, step: int, metrics: dict[str, Any]) -> None:
+    """Says once that assignments went nowhere; the metrics have them all."""
+    if self.dropped_noted or "router/dropped" not in metrics:
+      return
+    if not metrics["router/dropped"]:
+      return
+    self.dropped_noted = True
+    self.progress.message(
+      f"note: {float(metrics['router/dropped']):.1%} of step {step}'s "
+      "assignments went to no expert; the metric router/dropped has every step"
+    )
+
+  def _log_time(self, step: int, tokens: int, metrics: dict[str, Any]) -> None:
+    now = time.perf_counter()
+    seconds, self.clock = now - self.clock, now
+    computing = max(
+      seconds - self.times["checkpoint"] - self.times["evaluation"], 1e-9
+    )
+    rate = tokens / computing
+    flops = rate * self.flops_per_token
+    peak = peak_flops(jax.devices()[0])
+    timing = {
+      "seconds": seconds,
+      "tokens_per_second": rate,
+      "model_flops_per_second": flops,
+      "wall_time": time.time(),
+      **self.times,
+    }
+    if peak:
+      timing["mfu"] = flops / (peak * jax.device_count())
+    self.log.timing(step, timing)
+    self.times = dict.fromkeys(self.times, 0.0)
+    self.progress.update(
+      step, loss=float(metrics["loss/xent"]), tokens_per_second=rate,
+      learning_rate=float(metrics["learning_rate"]),
+    )  # fmt: skip
+
+  def _evaluate(self) -> None:
+    config = self.config
+    if not config.eval.every:
+      return
+    with self._timed("evaluation"):
+      values = evaluate(
+        config, self.model, self.state.variables, self.stores, self.tokenizer
+      )
+      self.log.evaluation(self.step, values)
+      self.progress.message(
+        f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
+        f"{values['validation/bits_per_byte']:.3f} bits per byte"
+      )
+      if config.eval.sample_tokens:
+        self._sample()
+
+  def _sample(self) -> None:
+    prompt = self.config.eval.sample_prompt
+    # One device writes: a mesh would wait for itself at every token.
+    (text,) = generate(
+      build(self.config.model), on_one_device(self.state.variables),
+      self.tokenizer, [prompt], self.config.eval.sample_tokens,
+      DEFAULT_SAMPLING,
+    )  # fmt: skip
+    self.log.sample(self.step, prompt, text)
+
+  def _save(self) -> None:
+    with self._timed("checkpoint"):
+      # Log lines first: a checkpoint of step n promises lines 1..n.
+      self.log.flush()
+      meta = {
+        "step": self.step,
+        "tokens_seen": self.tokens_seen,
+        "config": self.config.to_dict(),
+        "tokenizer": self.tokenizer.digest,
+        "data": self.stores.fingerprint,
+        "versions": runs.versions(),
+        "git_commit": runs.git_commit(),
+      }
+      self.checkpoints.save(self.step, self.state, meta)
+      self.saved_step = self.step
+
+  def _timed(self, name: str) -> "_Timer":
+    return _Timer(self.times, name)
+
+
+class _Timer:
+  """Adds the seconds of a `with` block to an entry."""
+
+  def __init__(self, times: dict[str, float], name: str):
+    self._times, self._name = times, name
+
+  def __enter__(self) -> None:
+    self._start = time.perf_counter()
+
+  def __exit__(self, *exc_info) -> None:
+    self._times[self._name] += time.perf_counter() - self._start
+
+
+def _due(every: int, step: int) -> bool:
+  return every > 0 and step % every == 0

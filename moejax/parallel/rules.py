@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which axes of the mesh a logical axis is split over.
+
+Two tables: where things lie while they are used, and what beyond that a
+parameter (and its optimizer state) is split over while it is stored. A mesh
+axis splits one axis of an array at most; the first table goes first.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.errors import ConfigError
+
+USED = {
+  "batch": ("data", "fsdp", "expert"),
+  "tokens": ("sequence",),
+  "spread_tokens": ("sequence", "tensor"),
+  "expert": ("expert",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "mlp": ("tensor",),
+}
+STORED = {
+  "embed": ("fsdp", "expert"),
+  "vocab": ("tensor",),
+}
+
+
+def used(axes: PartitionSpec) -> PartitionSpec:
+  """Mesh axes of an array of these logical axes while it is used."""
+  return PartitionSpec(*(_entry(USED[x] if x in USED else ()) for x in axes))
+
+
+def stored(axes: PartitionSpec) -> PartitionSpec:
+  """The same while it is stored; differs for parameters alone."""
+  taken = {m for x in axes if x in USED for m in USED[x]}
+  entries = []
+  for axis in axes:
+    if axis in STORED:
+      free = tuple(m for m in STORED[axis] if m not in taken)
+      taken |= set(free)
+      entries.append(_entry(free))
+    else:
+      entries.append(_entry(USED[axis] if axis in USED else ()))
+  return PartitionSpec(*entries)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  """An entry of a PartitionSpec as a tuple."""
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def shardings(mesh: Mesh, boxed: Any) -> Any:
+  """How each leaf of a state lies on the mesh while it is stored.
+
+  Args:
+    mesh: the devices.
+    boxed: a tree of `ShapeDtypeStruct`s, parameters and what follows them in
+      Flax's boxes of logical axes; leaves without a box are replicated.
+
+  Raises:
+    ConfigError: a parameter's dimension does not divide.
+  """
+  specs = nn.get_partition_spec(boxed)
+  shapes = nn.unbox(boxed)
+
+  def of_leaf(path, shape, spec):
+    spec = stored(spec)
+    _check(jax.tree_util.keystr(path, simple=True, separator="/"), shape, spec)
+    return NamedSharding(mesh, spec)
+
+  def _check(name: str, leaf: Any, spec: PartitionSpec) -> None:
+    for size, entry in zip(leaf.shape, spec):
+      ways = math.prod(mesh.shape[axis] for axis in mesh_axes(entry))
+      if size % ways:
+        names = " * ".join(f"parallel.{axis}" for axis in mesh_axes(entry))
+        below = size - size % ways
+        raise ConfigError(
+          f"{name}, {leaf.shape}: {size} does not divide by {names} = {ways}; "
+          f"use {below or ways} or {below + ways}, or another mesh"
+        )
+
+  return jax.tree_util.tree_map_with_path(of_leaf, shapes, specs)
+
+
+def _entry(axes: tuple[str, ...]) -> tuple[str, ...] | None:
+  return axes or None
