@@ -20,7 +20,7 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-hf test test-fast lint format constraints clean
+.PHONY: help quickstart install install-hf test test-fast test-grid lint format constraints clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' \
@@ -41,7 +41,10 @@ test: $(VENV)/.installed-dev  ## all tests; ARGS="-k routing" narrows them
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.installed-dev  ## tests of seconds only
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not grid" $(ARGS)
+
+test-grid: $(VENV)/.installed-dev  ## every way to split a batch; ten minutes
+	@$(BIN)/python -m pytest -n $(WORKERS) -m grid $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff: lint, and the format without changing it
 	@$(BIN)/ruff check .

@@ -36,6 +36,8 @@ def pytest_configure(config):
   # Most programs here run once: compiling them well costs more than it saves.
   # Commands that tests start as processes are compiled as their users' are.
   jax.config.update("jax_disable_most_optimizations", True)
+  # Meshes are tried on parts of one CPU; what asks for no mesh uses the first.
+  jax.config.update("jax_num_cpu_devices", 8)
   # [T, E] + [E] works by accident until T == E; say it with an axis.
   jax.config.update("jax_numpy_rank_promotion", "raise")
   flags.FLAGS.mark_as_parsed()

@@ -25,8 +25,8 @@ LAYERS = {
     "event_file progress sampling hardware"
   ),
   "commands": (
-    "__main__ cli train loop init_from resume step memory runs evaluate generate "
-    "describe report data.command finetune analysis plan convert"
+    "__main__ cli train loop init_from resume step memory runs evaluate "
+    "generate describe report data.command finetune analysis plan convert"
   ),
 }
 RANK = {

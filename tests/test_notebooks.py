@@ -25,6 +25,7 @@ def test_it_is_stored_without_output(path):
     assert cell["outputs"] == [] and cell["execution_count"] is None
 
 
+@pytest.mark.slow
 @EACH
 def test_it_runs(path, tmp_path):
   """In a process of its own, with nothing of the repository around it."""

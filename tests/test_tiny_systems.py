@@ -23,6 +23,7 @@ SYSTEMS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_loss_of_a_batch_falls(name):
   config = read(name, ":tiny")

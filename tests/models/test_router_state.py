@@ -80,6 +80,7 @@ def test_attention_experts_have_biases_too():
   np.testing.assert_array_equal(block["moe"]["router_bias_E"], rows[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_steps_move_the_biases_towards_even_loads(scan_layers, accumulation):

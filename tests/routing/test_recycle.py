@@ -159,6 +159,7 @@ def test_balance_counts_what_was_wanted():
   assert router_metrics(stats[0])["router/max_over_mean"] < 1.06
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_microbatches_deal_the_same_places(accumulation):
   values = load_config_file(f"{CONFIGS / 'hunyuan_large.py'}:tiny")
