@@ -50,7 +50,7 @@ class Cell:
   router: str = ANY
 
   def config(self) -> Config:
-    mixer = "moa" if self.router == ANY else "attention"
+    mixer = "attention" if self.router == EXPERT_CHOICE else "moa"
     return Config.from_dict({
       "model": {
         "vocab_size": V, "d_model": 32, "num_layers": 2, "head_dim": 8,
