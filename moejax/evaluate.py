@@ -19,6 +19,7 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError, DataError
 from moejax.losses import router_metrics
 from moejax.models import Transformer, Variables
+from moejax.models.placement import Axes
 from moejax.progress import progress_bar
 from moejax.runs import load_run
 from moejax.step import device_batch, make_eval_step, shards_of
@@ -82,6 +83,7 @@ def evaluate_batches(
       stats = batch_stats
   if not tokens:
     raise DataError("there is nothing to evaluate on: no target token")
+  num_bytes = model.placement.sum_over_readers(num_bytes)
   mean = xent / tokens
   values = {
     "xent": mean,
@@ -104,7 +106,9 @@ def _shown(batches: Iterable[Any]) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=8)
 def _jitted_eval_step(config: Config, model: Transformer):
-  return jax.jit(make_eval_step(config, model))
+  # Whole on each device, so that each process can read them.
+  everywhere = model.placement.sharding(Axes())
+  return jax.jit(make_eval_step(config, model), out_shardings=everywhere)
 
 
 def main(argv: list[str]) -> int:

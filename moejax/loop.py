@@ -73,7 +73,7 @@ class Loop:
     )  # fmt: skip
     with (
       batches,
-      RunLog(self.workdir, self.step) as self.log,
+      RunLog(self.workdir, self.step, jax.process_index() == 0) as self.log,
       TrainProgress(last, self.step) as self.progress,
     ):
       stop = False
@@ -193,10 +193,12 @@ class Loop:
   def _sample(self) -> None:
     prompt = self.config.eval.sample_prompt
     # One device writes: a mesh would wait for itself at every token.
+    variables = on_one_device(self.state.variables)
+    if jax.process_index():
+      return
     (text,) = generate(
-      build(self.config.model), on_one_device(self.state.variables),
-      self.tokenizer, [prompt], self.config.eval.sample_tokens,
-      DEFAULT_SAMPLING,
+      build(self.config.model), variables, self.tokenizer, [prompt],
+      self.config.eval.sample_tokens, DEFAULT_SAMPLING,
     )  # fmt: skip
     self.log.sample(self.step, prompt, text)
 

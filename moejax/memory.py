@@ -51,7 +51,7 @@ def lower_step(config: Config, model: Transformer, state: TrainState):
   step = jax.jit(
     make_train_step(config, model), donate_argnums=0,
     # The state stays where it is, so that the next step fits on it.
-    out_shardings=(where, None),
+    out_shardings=(where, where.step),
   )  # fmt: skip
   return step.lower(state, batch)
 

@@ -57,7 +57,9 @@ class RunLog:
   error: lines wait in memory and are written once there is space.
   """
 
-  def __init__(self, workdir: str | os.PathLike, resume_step: int):
+  def __init__(
+    self, workdir: str | os.PathLike, resume_step: int, owner: bool = True
+  ):
     """Opens the logs in `workdir`, which is created if needed.
 
     Args:
@@ -65,12 +67,16 @@ class RunLog:
       resume_step: finished steps in the checkpoint that the run goes on from;
         0 starts afresh. Lines of later steps and a torn last line are cut off,
         each file in one atomic truncation.
+      owner: False for the other processes of the run, which write nothing.
     """
+    self._owner = owner
     self._workdir = Path(workdir)
     self._files: dict[str, _LineFile] = {}
     self._events: event_file.EventFile | None = None
     self._warned = False
     self._last = dict.fromkeys(FILES, resume_step if resume_step else -1)
+    if not owner:
+      return
     with self._survive_disk():
       self._workdir.mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -149,6 +155,8 @@ class RunLog:
     if "step" in values:
       raise ValueError(f"{name}: 'step' is not a metric's name")
     self._last[name] = step
+    if not self._owner:
+      return
     line = encode_line(step, values, single)
     if name not in self._files:
       self._files[name] = _LineFile(self._workdir / name)

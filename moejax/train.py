@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moejax import data as data_lib
 from moejax import runs
@@ -31,7 +32,7 @@ from moejax.loop import Loop
 from moejax.memory import check_state_fits, compile_step
 from moejax.models import Transformer, count
 from moejax.models.transformer import describe_backends
-from moejax.parallel import build_on_mesh, make_mesh
+from moejax.parallel import build_on_mesh, distributed, make_mesh
 from moejax.resume import how_to_go_on, refuse_converted, restore_or_none
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
 from moejax.step import (
@@ -60,7 +61,8 @@ def main(argv: list[str]) -> int:
     return 0
   if args.workdir is None:
     raise ConfigError("--workdir=DIR is missing: where the run shall live")
-  return train(config, args.workdir)
+  with distributed.joined(args, args.workdir):
+    return train(config, args.workdir)
 
 
 def train(config: Config, workdir: str | os.PathLike) -> int:
@@ -89,7 +91,8 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
   shardings = state_shardings(config, model, mesh)
   abstract = abstract_state(config, model, shardings)
   check_state_fits(abstract)
-  with RunLock(workdir), PreemptionGuard() as guard:
+  first = jax.process_index() == 0
+  with RunLock(workdir, holder=first), PreemptionGuard() as guard:
     with runs.open_checkpoints(workdir, config) as checkpoints:
       restored = restore_or_none(
         config, abstract, checkpoints, tokenizer, stores
@@ -103,14 +106,14 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
-        runs.write_files(workdir, config, tokenizer)
-        _report(workdir)
+        _finish(workdir, config, tokenizer)
         return 0
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
       )
       train_step = compile_step(config, model, abstract)
-      runs.write_files(workdir, config, tokenizer)
+      if first:
+        runs.write_files(workdir, config, tokenizer)
       stopped = loop.run(train_step, guard)
     _report(workdir)
   if stopped:
@@ -177,13 +180,25 @@ def _fresh_state(
   weights = weights_of(config, tokenizer)
   return state.replace(
     **{
-      name: jax.device_put(tree, getattr(shardings, name))
+      name: jax.device_put(_on_host(tree), getattr(shardings, name))
       for name, tree in weights.items()
     }
   )
 
 
+def _on_host(tree: Any) -> Any:
+  return jax.tree.map(np.asarray, tree)
+
+
+def _finish(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
+  if jax.process_index() == 0:
+    runs.write_files(workdir, config, tokenizer)
+  _report(workdir)
+
+
 def _report(workdir: Path) -> None:
+  if jax.process_index():
+    return
   from moejax.report import write_report
 
   print("drawing the report...", flush=True)
@@ -214,4 +229,5 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   add("--workdir", metavar="DIR", help="the run's folder; made if missing")
   add("--print-config", action="store_true", help="print the resolved config")
   add("--help-config", action="store_true", help="list all config options")
+  distributed.add_arguments(parser)
   return parser.parse_known_args(argv)

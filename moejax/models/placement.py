@@ -55,6 +55,10 @@ class OneDevice:
     """
     return 0, (tuple(range(batch_size)),)
 
+  def sum_over_readers(self, value: float) -> float:
+    """The sum of what each reader of data found in its rows."""
+    return value
+
   def sharding(self, axes: Axes) -> jax.sharding.Sharding:
     """Where an array of these axes lies while it is used."""
     del axes

@@ -11,6 +11,12 @@ from moejax.models.placement import TOKENS
 from moejax.parallel import rules
 
 
+def _rows_of_processes(mesh: Mesh) -> list[tuple[int, ...]]:
+  """Of the smallest batch, one row for each part."""
+  parts = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+  return rows_of_processes(mesh, parts)
+
+
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[tuple[int, ...]]:
   """For each process the rows of a global batch that its devices hold."""
   sharding = NamedSharding(mesh, rules.used(TOKENS))
@@ -32,7 +38,32 @@ def to_global(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """
   if jax.process_count() == 1:
     return jax.device_put(rows, sharding)
-  return jax.make_array_from_process_local_data(sharding, rows)
+  everyone = _rows_of_processes(sharding.mesh)
+  mine = everyone[jax.process_index()]
+  size = len(rows) // len(mine) * len({part for x in everyone for part in x})
+  places = rows_of_processes(sharding.mesh, size)[jax.process_index()]
+  first = {place: i for i, place in enumerate(places)}
+
+  def part(index):
+    start, stop, _ = index[0].indices(size)
+    here = first[start]  # a device's rows are neighbours
+    return rows[here : here + stop - start][(slice(None), *index[1:])]
+
+  return jax.make_array_from_callback((size, *rows.shape[1:]), sharding, part)
+
+
+def sum_over_readers(mesh: Mesh, value: float) -> float:
+  """The sum over processes, of which those with the same rows count once."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils
+
+  # As text of fixed size: arrays of JAX have no 64 bits.
+  halves = np.frombuffer(np.float64(value).tobytes(), np.uint32)
+  found = multihost_utils.process_allgather(halves)
+  values = np.ascontiguousarray(found).view(np.float64)[:, 0]
+  readers = dict(zip(_rows_of_processes(mesh), values))
+  return float(sum(readers.values()))
 
 
 def on_one_device(tree: Any) -> Any:

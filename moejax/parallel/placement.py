@@ -30,6 +30,9 @@ class OnMesh(OneDevice):
     distinct = sorted(set(places))
     return distinct.index(places[jax.process_index()]), tuple(distinct)
 
+  def sum_over_readers(self, value: float) -> float:
+    return batches.sum_over_readers(self.mesh, value)
+
   def sharding(self, axes: Axes) -> NamedSharding:
     return NamedSharding(self.mesh, rules.used(axes))
 

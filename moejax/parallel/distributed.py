@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many processes as one run: how they find, and how they lose, each other.
+
+JAX finds the others by itself on Cloud TPU, Slurm, GKE and Open MPI. Each
+process then leaves a sign of life in the run's folder and watches those of the
+others, so that the end of one ends all, with a message that names it.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+
+import jax
+
+from moejax.errors import UserError
+from moejax.parallel.peers import EXIT_PEER_LOST, Peers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Options of a command that runs in many processes."""
+  group = parser.add_argument_group(
+    "many processes", "the same command in each; see docs/pods.md"
+  )
+  add = group.add_argument
+  add(
+    "--distributed", action="store_true",
+    help="join the others, as Cloud TPU, Slurm, GKE or Open MPI name them",
+  )  # fmt: skip
+  add("--coordinator", metavar="HOST:PORT", help="of process 0, if none does")
+  add("--num-processes", type=int, metavar="N", help="with --coordinator")
+  add("--process-id", type=int, metavar="I", help="0 to N-1")
+  add(
+    "--join-timeout", type=int, default=300, metavar="S",
+    help="seconds to wait for the others at the start (default %(default)s)",
+  )  # fmt: skip
+  add(
+    "--lost-after", type=int, default=100, metavar="S",
+    help="seconds without a sign of life (default %(default)s)",
+  )  # fmt: skip
+
+
+@contextlib.contextmanager
+def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
+  """Runs a block as one of many processes, if the options say so.
+
+  Output of all but the first is off. Whatever ends one process ends the others,
+  without waiting for them: they may be waiting for it.
+
+  Raises:
+    UserError: the others cannot be found, or an option is missing.
+  """
+  address = args.coordinator, args.num_processes, args.process_id
+  if not args.distributed and address == (None, None, None):
+    yield
+    return
+  _join(args)
+  index, count = jax.process_index(), jax.process_count()
+  if index:
+    sys.stdout = open(os.devnull, "w")
+  try:
+    with Peers(workdir, index, count, args.lost_after) as peers:
+      try:
+        yield
+      except UserError as e:
+        peers.leave(str(e))
+        print(f"moejax: process {index} of {count}: {e}", file=sys.stderr)
+        _exit(2)
+      except Exception as e:
+        if (lost := peers.find_lost()) is None:
+          traceback.print_exc()
+          peers.leave(f"{type(e).__name__}: {e}")
+          _exit(1)
+        peers.say(lost)
+        _exit(EXIT_PEER_LOST)
+  finally:
+    sys.stdout.flush()
+
+
+def _join(args: argparse.Namespace) -> None:
+  given = (args.coordinator, args.num_processes, args.process_id)
+  if any(x is not None for x in given) and None in given:
+    raise UserError(
+      "--coordinator, --num-processes and --process-id go together; "
+      "--distributed alone finds them on Cloud TPU, Slurm, GKE and Open MPI"
+    )
+  # JAX ends a process whose time is up by a crash: our clock is to be first,
+  # here as in the watch that names who is lost.
+  clock = threading.Timer(args.join_timeout, _not_joined, [args])
+  clock.daemon = True
+  clock.start()
+  try:
+    jax.distributed.initialize(
+      *given, initialization_timeout=args.join_timeout + 30,
+      heartbeat_timeout_seconds=args.lost_after + 20,
+    )  # fmt: skip
+  except (ValueError, RuntimeError) as e:
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    raise UserError(
+      f"cannot join other processes: {reason}; name them by --coordinator, "
+      "--num-processes and --process-id"
+    ) from e
+  finally:
+    clock.cancel()
+
+
+def _not_joined(args: argparse.Namespace) -> None:
+  me = "" if args.process_id is None else f"process {args.process_id} "
+  where = args.coordinator or "the coordinator"
+  text = (
+    f"moejax: {me}could not join the others at {where} within "
+    f"{args.join_timeout} s; do all run, with the same --coordinator and "
+    "--num-processes, and can they reach it? --join-timeout waits longer\n"
+  )
+  os.write(2, text.encode())
+  os._exit(2)
+
+
+def _exit(status: int) -> None:
+  """At once: JAX's own exit waits for processes that may never come."""
+  sys.stderr.flush()
+  os._exit(status)

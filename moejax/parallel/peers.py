@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signs of life of a run's processes, in its folder."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from moejax.runlock import process_start
+
+FOLDER = "processes"
+BEAT = 1.0  # seconds between signs, and between looks at those of the others
+EXIT_PEER_LOST = 76  # EX_PROTOCOL; the same command goes on
+
+
+class Peers:
+  """Writes `processes/I.json`, and ends this process when another is lost.
+
+  A process is lost if its file says so, if it is of this host and no longer
+  runs, or if its file was not touched for `lost_after` seconds. One that leaves
+  as it should removes its file.
+  """
+
+  def __init__(
+    self, workdir: str | os.PathLike, index: int, count: int, lost_after: float
+  ):
+    self._folder = Path(workdir) / FOLDER
+    self._index, self._count = index, count
+    self._lost_after = lost_after
+    self._begun = time.time()
+    self._seen: dict[int, tuple[float, float]] = {}
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self) -> Self:
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._write(None)
+    self._thread.start()
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    self._stop.set()
+    self._thread.join()
+    if kind is None:
+      self._path(self._index).unlink(missing_ok=True)
+
+  def leave(self, why: str) -> None:
+    """Tells the others that this process ends, and why."""
+    self._stop.set()
+    with contextlib.suppress(OSError):
+      self._write(why)
+
+  def find_lost(self) -> str | None:
+    """Waits until it is clear which process is lost; None if none is."""
+    end = time.monotonic() + self._lost_after + 2 * BEAT
+    while time.monotonic() < end:
+      if (lost := self._lost()) is not None:
+        return lost
+      time.sleep(BEAT / 4)
+    return None
+
+  def say(self, lost: str) -> None:
+    text = (
+      f"moejax: process {self._index} of {self._count} stops: {lost}. Start "
+      "all again with the same command: the run goes on from its newest "
+      "checkpoint\n"
+    )
+    os.write(2, text.encode())
+
+  def _watch(self) -> None:
+    while not self._stop.wait(BEAT / 4):
+      with contextlib.suppress(OSError):
+        os.utime(self._path(self._index))
+      lost = self._lost()
+      if lost is not None and not self._stop.is_set():
+        self.say(lost)
+        os._exit(EXIT_PEER_LOST)
+
+  def _lost(self) -> str | None:
+    for index in range(self._count):
+      if index != self._index and (why := self._why_lost(index)):
+        return why
+    return None
+
+  def _why_lost(self, index: int) -> str | None:
+    """Of one process; None if it lives, left, or has not come yet."""
+    found = self._read(index)
+    if found is None:
+      return None
+    who = f"process {index} (pid {found['pid']} on {found['host']})"
+    if found["ended"] is not None:
+      return f"{who} ended: {found['ended']}"
+    if found["host"] == socket.gethostname():
+      if process_start(found["pid"]) != found["process_start"]:
+        return f"{who} is dead"
+    # The file's own time is compared with itself: clocks of hosts differ.
+    touched, now = found["touched"], time.monotonic()
+    if index not in self._seen or self._seen[index][0] != touched:
+      self._seen[index] = touched, now
+    silent = now - self._seen[index][1]
+    if silent > self._lost_after:
+      return f"{who} gave no sign of life for {silent:.0f} s"
+    return None
+
+  def _read(self, index: int) -> dict[str, Any] | None:
+    """What a process of this run says; None for nothing, or an older run's."""
+    path = self._path(index)
+    try:
+      found = json.loads(path.read_text())
+      found["touched"] = path.stat().st_mtime
+    except (OSError, ValueError):
+      return None
+    # A run that was killed left files that nobody touches.
+    return found if found["touched"] > self._begun - 10 else None
+
+  def _write(self, ended: str | None) -> None:
+    text = json.dumps({
+      "host": socket.gethostname(),
+      "pid": os.getpid(),
+      "process_start": process_start(os.getpid()),
+      "ended": ended,
+    })  # fmt: skip
+    partial = self._path(self._index).with_suffix(f".{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(self._path(self._index))
+
+  def _path(self, index: int) -> Path:
+    return self._folder / f"{index}.json"

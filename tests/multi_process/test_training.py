@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes train one model: as one would, at any number, killed or not."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from moejax.parallel.peers import EXIT_PEER_LOST
+from tests.small_run import command, environment, make_place, moejax
+
+pytestmark = pytest.mark.slow
+
+# Two sources, packed: what could go wrong between processes that read.
+SOURCES = [
+  "--config.data.sources=('text','more')", "--config.data.weights=(0.7,0.3)",
+  "--config.checkpoint.keep_last=20",
+]  # fmt: skip
+FOUR = ["--config.parallel.expert=2", "--config.parallel.fsdp=2"]
+TWO = ["--config.parallel.expert=2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  place = make_place(tmp_path_factory.mktemp("processes"))
+  (place / "more").mkdir()
+  for i in range(40):
+    (place / "more" / f"{i}.txt").write_text(f"line {i} of more " * (i + 3))
+  done = moejax(place, "data", "prepare", "--config=config.py", *SOURCES)
+  assert done.returncode == 0, done.stderr
+  return place
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def start(place, count, run, *options, port=None, indices=None):
+  """Processes of a run, one device each."""
+  port = port or free_port()
+  return [
+    subprocess.Popen(
+      command(
+        "train",
+        "--config=config.py",
+        f"--workdir={run}",
+        *SOURCES,
+        *options,
+        f"--coordinator=localhost:{port}",
+        f"--num-processes={count}",
+        f"--process-id={i}",
+      ),
+      cwd=place,
+      env=environment(),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in (range(count) if indices is None else indices)
+  ]
+
+
+def finish(processes, timeout=300):
+  """(status, output, errors) of each."""
+  try:
+    out = [p.communicate(timeout=timeout) for p in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(p.returncode, *texts) for p, texts in zip(processes, out)]
+
+
+def run_all(place, count, run, *options):
+  done = finish(start(place, count, run, *options))
+  assert [status for status, *_ in done] == [0] * count, done
+  return done
+
+
+def metrics(place, run):
+  text = (place / run / "metrics.jsonl").read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def assert_same_training(got, want):
+  assert len(got) == len(want) == 40
+  for mine, other in zip(got, want):
+    # So many targets in each step's rows: the very same batches.
+    assert mine["tokens"] == other["tokens"]
+    for name, value in other.items():
+      np.testing.assert_allclose(
+        mine[name], value, rtol=2e-3, atol=1e-6, err_msg=name
+      )
+    assert mine["loss/xent"] == pytest.approx(other["loss/xent"], rel=2e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(place):
+  done = moejax(
+    place, "train", "--config=config.py", "--workdir=alone", *SOURCES
+  )
+  assert done.returncode == 0, done.stderr
+  return metrics(place, "alone")
+
+
+@pytest.fixture(scope="module")
+def by_four(place):
+  done = run_all(place, 4, "four", *FOUR)
+  return done, metrics(place, "four")
+
+
+def test_four_processes_train_what_one_does(by_four, alone):
+  done, got = by_four
+  assert_same_training(got, alone)
+  # One of them speaks.
+  assert "mesh: fsdp=2, expert=2 on 4 devices" in done[0][1]
+  for _, out, _ in done[1:]:  # a library's own lines apart
+    assert not [x for x in out.splitlines() if not x.startswith("[Gloo]")]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_others_go_on_from_what_four_saved(place, by_four, alone, count):
+  run = place / f"four_then_{count}"
+  shutil.copytree(place / "four", run)
+  for step in range(25, 41, 5):
+    shutil.rmtree(run / "checkpoints" / str(step))
+  if count == 1:
+    done = moejax(
+      place, "train", "--config=config.py", f"--workdir={run.name}", *SOURCES
+    )
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
+  else:
+    out = run_all(place, count, run.name, *TWO)[0][1]
+  assert "goes on at step 20" in out
+  assert_same_training(metrics(place, run.name), alone)
+
+
+def wait_for_step(place, run, step, processes):
+  path, limit = place / run / "metrics.jsonl", time.monotonic() + 120
+  while time.monotonic() < limit:
+    if path.exists() and len(path.read_bytes().splitlines()) >= step:
+      return
+    assert all(p.poll() is None for p in processes), finish(processes)
+    time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_is_lost_ends_the_others_by_name(place, alone, number):
+  """Killed or hung: they stop, say who it was, and all go on later."""
+  run = f"lost_{number.name}"
+  slow = ("--config.eval.every=1", "--lost-after=5")
+  processes = start(place, 2, run, *TWO, *slow)
+  wait_for_step(place, run, 7, processes)
+  processes[1].send_signal(number)
+  begun = time.monotonic()
+  first = processes[0]
+  _, errors = first.communicate(timeout=60)
+  assert time.monotonic() - begun < 30
+  processes[1].kill()
+  processes[1].communicate()
+  assert first.returncode == EXIT_PEER_LOST, errors
+  assert f"process 0 of 2 stops: process 1 (pid {processes[1].pid}" in errors
+  how = "is dead" if number == signal.SIGKILL else "gave no sign of life"
+  assert how in errors
+  run_all(place, 2, run, *TWO)
+  assert_same_training(metrics(place, run), alone)
+
+
+def test_a_mistake_ends_all_with_one_line(place):
+  done = finish(start(place, 2, "wrong", "--config.parallel.expert=4"))
+  for index, (status, _, errors) in enumerate(done):
+    assert status in (2, EXIT_PEER_LOST)
+    lines = [x for x in errors.splitlines() if x.startswith("moejax")]
+    assert len(lines) == 1
+    assert "is a mesh of 4 devices, there are 2" in lines[0], index
+  assert not (place / "wrong" / "config.json").exists()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_nobody_there(place, index):
+  (done,) = finish(
+    start(place, 2, "nobody", "--join-timeout=3", indices=[index]), timeout=60
+  )
+  status, _, errors = done
+  assert status == 2
+  lines = [x for x in errors.splitlines() if x.startswith("moejax")]
+  assert len(lines) == 1
+  assert f"process {index} could not join the others at localhost" in lines[0]
+
+
+def test_no_cluster_to_be_found(place):
+  done = moejax(
+    place, "train", "--config=config.py", "--workdir=none", "--distributed"
+  )
+  assert done.returncode == 2
+  assert "cannot join other processes: " in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+def test_half_an_address(place):
+  done = moejax(
+    place, "train", "--config=config.py", "--workdir=half", "--process-id=1"
+  )
+  assert done.returncode == 2
+  assert "go together" in done.stderr
