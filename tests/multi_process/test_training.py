@@ -6,7 +6,9 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from moejax.parallel.peers import EXIT_PEER_LOST
 from tests.small_run import command, environment, make_place, moejax
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
 
 # Two sources, packed: what could go wrong between processes that read.
 SOURCES = [
@@ -81,6 +85,40 @@ def run_all(place, count, run, *options):
   done = finish(start(place, count, run, *options))
   assert [status for status, *_ in done] == [0] * count, done
   return done
+
+
+# In place of Slurm's own: two tasks, here.
+SRUN = """#!/usr/bin/env bash
+while [[ "$1" == --* ]]; do shift; done
+export SLURM_JOB_ID=$((RANDOM + 70000)) SLURM_STEP_NODELIST=localhost
+export SLURM_NTASKS=2
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & done
+status=0
+for i in 0 1; do wait -n || status=$?; done
+exit $status
+"""
+
+
+def test_the_slurm_script_as_it_is(place, alone):
+  (place / "bin").mkdir()
+  (place / "bin" / "srun").write_text(SRUN)
+  moejax_command = f'#!/bin/sh\nexec {sys.executable} -m moejax "$@"\n'
+  (place / "bin" / "moejax").write_text(moejax_command)
+  for name in ("srun", "moejax"):
+    (place / "bin" / name).chmod(0o755)
+  script = ROOT / "experiments" / "pods" / "slurm.sh"
+  env = environment()
+  env |= {
+    "PATH": f"{place / 'bin'}:{env['PATH']}",
+    "MOEJAX": str(place / "bin" / "moejax"),
+  }
+  done = subprocess.run(
+    ["bash", script, "config.py", "slurm", *SOURCES, *TWO], cwd=place, env=env,
+    capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "mesh: expert=2 on 2 devices" in done.stdout
+  assert_same_training(metrics(place, "slurm"), alone)
 
 
 def metrics(place, run):

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# A run on a Cloud TPU pod slice, from a machine with gcloud. Each host has the
+# repository in ~/moejax (installed with '.[tpu]') and the workdir on a disk
+# that all share:
+#
+#   experiments/pods/tpu_vm.sh my-slice us-east5-a \
+#     configs/olmoe_1b_7b.py /mnt/shared/runs/olmoe \
+#     --config.parallel.expert=8 --config.parallel.fsdp=8
+set -euo pipefail
+
+name="$1" zone="$2" config="$3" workdir="$4"
+shift 4
+command="cd ~/moejax && .venv/bin/moejax train --distributed"
+command+=" --config=$(printf %q "$config") --workdir=$(printf %q "$workdir")"
+for option in "$@"; do command+=" $(printf %q "$option")"; done
+exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
+  --command="$command"
