@@ -9,6 +9,7 @@ others, so that the end of one ends all, with a message that names it.
 import argparse
 import contextlib
 import os
+import secrets
 import sys
 import threading
 import traceback
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 import jax
 
+from moejax.checkpoint import processes
 from moejax.errors import UserError
 from moejax.parallel.peers import EXIT_PEER_LOST, Peers
 
@@ -62,7 +64,8 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
   if index:
     sys.stdout = open(os.devnull, "w")
   try:
-    with Peers(workdir, index, count, args.lost_after) as peers:
+    start = processes.from_first(secrets.randbits(31))
+    with Peers(workdir, start, index, count, args.lost_after) as peers:
       try:
         yield
       except UserError as e:

@@ -26,12 +26,25 @@ class Peers:
   """
 
   def __init__(
-    self, workdir: str | os.PathLike, index: int, count: int, lost_after: float
+    self,
+    workdir: str | os.PathLike,
+    start: int,
+    index: int,
+    count: int,
+    lost_after: float,
   ):
+    """Nothing happens before the `with` block.
+
+    Args:
+      workdir: of the run, on a disk that all share.
+      start: a number that the processes of this start have in common, and no
+        earlier start has: what that left is ignored.
+      index, count: of this process, and of all.
+      lost_after: seconds without a sign of life.
+    """
     self._folder = Path(workdir) / FOLDER
-    self._index, self._count = index, count
+    self._start, self._index, self._count = start, index, count
     self._lost_after = lost_after
-    self._begun = time.time()
     self._seen: dict[int, tuple[float, float]] = {}
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -107,18 +120,18 @@ class Peers:
     return None
 
   def _read(self, index: int) -> dict[str, Any] | None:
-    """What a process of this run says; None for nothing, or an older run's."""
+    """What a process says; None for nothing, or what an earlier start left."""
     path = self._path(index)
     try:
       found = json.loads(path.read_text())
       found["touched"] = path.stat().st_mtime
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # not there, or not any more
       return None
-    # A run that was killed left files that nobody touches.
-    return found if found["touched"] > self._begun - 10 else None
+    return found if found["start"] == self._start else None
 
   def _write(self, ended: str | None) -> None:
     text = json.dumps({
+      "start": self._start,
       "host": socket.gethostname(),
       "pid": os.getpid(),
       "process_start": process_start(os.getpid()),
