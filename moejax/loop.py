@@ -166,7 +166,7 @@ class Loop:
       **self.times,
     }
     if peak:
-      timing["mfu"] = flops / (peak * jax.device_count())
+      timing["mfu"] = flops / (peak * self.config.parallel.num_devices)
     self.log.timing(step, timing)
     self.times = dict.fromkeys(self.times, 0.0)
     self.progress.update(

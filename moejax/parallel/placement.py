@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from moejax.errors import ConfigError
 from moejax.models.placement import Axes, OneDevice, Partial
 from moejax.parallel import batches, expert_parallel, rules
 from moejax.routing import Routing
@@ -28,6 +29,12 @@ class OnMesh(OneDevice):
     """Processes whose devices hold the same rows read the same."""
     places = batches.rows_of_processes(self.mesh, batch_size)
     distinct = sorted(set(places))
+    if sum(map(len, distinct)) != batch_size:
+      raise ConfigError(
+        "parallel: some processes would share a part of their rows; make "
+        "data * fsdp * expert a multiple or a divisor of the number of "
+        f"processes, {jax.process_count()}"
+      )
     return distinct.index(places[jax.process_index()]), tuple(distinct)
 
   def sum_over_readers(self, value: float) -> float:
