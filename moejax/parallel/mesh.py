@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 
 from moejax.config import ParallelConfig
 from moejax.errors import ConfigError
@@ -34,9 +35,11 @@ def make_mesh(
     devices = devices[:1]
   if math.prod(shape) != len(devices):
     raise ConfigError(_mismatch(config, len(devices)))
-  return jax.make_mesh(
-    shape, AXES, (jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
+  # On a torus an axis may be a part of one of its sides: 8 on 4 x 4 x 4.
+  placed = mesh_utils.create_device_mesh(
+    shape, devices, allow_split_physical_axes=True
   )
+  return jax.sharding.Mesh(placed, AXES)
 
 
 def _mismatch(config: ParallelConfig, num_devices: int) -> str:
