@@ -13,6 +13,7 @@ COMMANDS = {
   "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
   "generate": ("moejax.generate", "let a checkpoint write text"),
   "describe": ("moejax.describe", "sizes, FLOPs and memory of a config"),
+  "plan": ("moejax.plan", "compile a step for a TPU pod: what it needs"),
   "convert": (
     "moejax.convert.command",
     "Hugging Face checkpoints to runs and back",

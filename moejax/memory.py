@@ -43,6 +43,8 @@ def lower_step(config: Config, model: Transformer, state: TrainState):
   """The step of abstract arguments, ready to be compiled."""
   shape = config.train.batch_size, config.data.seq_len
   where = model.placement.sharding(TOKENS)
+  if len(state.step.sharding.device_set) == 1:
+    where = state.step.sharding  # the one device, which need not be here
   array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   batch = dict.fromkeys(BATCH_KEYS, array("int32")) | {
     "loss_mask": array("bool")
@@ -63,7 +65,7 @@ def check_state_fits(state: TrainState) -> None:
     state: shapes, dtypes and shardings.
   """
   # A gradient is as large as its parameter.
-  needed = _device_bytes(state) + _device_bytes(state.params)
+  needed = device_bytes(state) + device_bytes(state.params)
   require_memory(
     needed, "the training state", "make the model smaller, or split it by "
     "parallel.fsdp", _local_devices(state),
@@ -75,7 +77,7 @@ def _local_devices(state: TrainState) -> int:
   return len(state.step.sharding.addressable_devices)
 
 
-def _device_bytes(state: Any) -> int:
+def device_bytes(state: Any) -> int:
   """Bytes of a tree's parts on one device."""
   parts = (
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

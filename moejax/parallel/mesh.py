@@ -29,10 +29,12 @@ def make_mesh(
   Raises:
     ConfigError: their number is not the product of the sizes.
   """
-  devices = list(jax.devices() if devices is None else devices)
   shape = tuple(getattr(config, axis) for axis in AXES)
-  if math.prod(shape) == 1 and jax.process_count() == 1:
-    devices = devices[:1]
+  if devices is None:
+    devices = jax.devices()
+    if math.prod(shape) == 1 and jax.process_count() == 1:
+      devices = devices[:1]
+  devices = list(devices)
   if math.prod(shape) != len(devices):
     raise ConfigError(_mismatch(config, len(devices)))
   # On a torus an axis may be a part of one of its sides: 8 on 4 x 4 x 4.

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans of pods, by the compiler of the chips."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan(*args):
+  return subprocess.run(
+    [sys.executable, "-m", "moejax", "plan", "--config=configs/tiny.py", *args],
+    cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "topology, message",
+  [
+    ("v7:2x2", "use KIND:SHAPE, such as v5e:4x4"),
+    ("v5p", "kinds are v4, v5e, v5p, v6e, tpu7x"),
+  ],
+)
+def test_a_topology_that_is_none(topology, message):
+  done = plan(f"--topology={topology}")
+  assert done.returncode == 2
+  assert message in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
+def test_no_compiler_here():
+  if importlib.util.find_spec("libtpu"):
+    pytest.skip("libtpu is here")
+  done = plan("--topology=v5e:2x2")
+  assert done.returncode == 2
+  assert "pip install -c constraints.txt -e '.[plan]'" in done.stderr
+
+
+@pytest.fixture
+def libtpu():
+  pytest.importorskip("libtpu", reason="the [plan] extra is not installed")
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_step_is_compiled_for_chips_that_are_not_here(libtpu):
+  done = plan(
+    "--topology=v5e:2x2", "--config.parallel.expert=4",
+    "--config.model.num_layers=2",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert "4 x TPU v5 lite; mesh: expert=4" in done.stdout
+  assert "of 15.75 GiB: fits" in done.stdout
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_is_refused(libtpu):
+  done = plan(
+    "--topology=v5e:2x2", "--config.parallel.expert=4",
+    "--config.model.num_layers=2", "--config.model.d_model=8192",
+    "--config.model.moe.d_expert=65536",
+  )  # fmt: skip
+  assert done.returncode == 2, done.stdout
+  assert "the compiler refuses this step on v5e:2x2: " in done.stderr
+
+
+@pytest.mark.tpu
+def test_other_numbers_of_chips(libtpu):
+  done = plan("--topology=v5e:2x2")
+  assert done.returncode == 2
+  assert "a mesh of 1 devices, there are 4; use --config.parallel.data=4" in (
+    done.stderr
+  )
+  done = plan("--topology=v5e:3x7x5")
+  assert done.returncode == 2
+  assert "v5e:3x7x5 is not known to the compiler" in done.stderr
