@@ -131,3 +131,17 @@ def test_one_version_of_ruff():
   constraints = (ROOT / "constraints.txt").read_text()
   pinned = re.search(r"^ruff==.+$", constraints, re.MULTILINE)[0]
   assert set(re.findall(r"ruff==[\d.]+", hooks)) == {pinned}
+
+
+def test_only_sources_are_tracked():
+  """A download left in the root went in once."""
+  done = subprocess.run(
+    ["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT
+  )
+  if done.returncode:
+    pytest.skip("not in a checkout of git")
+  paths = [ROOT / name for name in done.stdout.split("\0") if name]
+  assert paths
+  large = [p for p in paths if p.exists() and p.stat().st_size > 1 << 20]
+  packed = [p for p in paths if p.suffix in (".whl", ".gz", ".zip", ".tar")]
+  assert not large + packed

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which process reads which rows of a batch, and how they become one array."""
 
+import math
 from typing import Any
 
 import jax
@@ -11,10 +12,14 @@ from moejax.models.placement import TOKENS
 from moejax.parallel import rules
 
 
-def _rows_of_processes(mesh: Mesh) -> list[tuple[int, ...]]:
-  """Of the smallest batch, one row for each part."""
-  parts = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-  return rows_of_processes(mesh, parts)
+def _num_parts(mesh: Mesh) -> int:
+  """Into how many parts a batch goes."""
+  return math.prod(mesh.shape[axis] for axis in rules.USED["batch"])
+
+
+def _parts_of_processes(mesh: Mesh) -> list[tuple[int, ...]]:
+  """The rows of the smallest batch, one for each part."""
+  return rows_of_processes(mesh, _num_parts(mesh))
 
 
 def rows_of_processes(mesh: Mesh, batch_size: int) -> list[tuple[int, ...]]:
@@ -38,10 +43,9 @@ def to_global(rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
   """
   if jax.process_count() == 1:
     return jax.device_put(rows, sharding)
-  everyone = _rows_of_processes(sharding.mesh)
-  mine = everyone[jax.process_index()]
-  size = len(rows) // len(mine) * len({part for x in everyone for part in x})
-  places = rows_of_processes(sharding.mesh, size)[jax.process_index()]
+  mesh, me = sharding.mesh, jax.process_index()
+  size = len(rows) * _num_parts(mesh) // len(_parts_of_processes(mesh)[me])
+  places = rows_of_processes(mesh, size)[me]
   first = {place: i for i, place in enumerate(places)}
 
   def part(index):
@@ -58,11 +62,11 @@ def sum_over_readers(mesh: Mesh, value: float) -> float:
     return value
   from jax.experimental import multihost_utils
 
-  # As text of fixed size: arrays of JAX have no 64 bits.
+  # As two halves: arrays of JAX have no 64 bits.
   halves = np.frombuffer(np.float64(value).tobytes(), np.uint32)
   found = multihost_utils.process_allgather(halves)
   values = np.ascontiguousarray(found).view(np.float64)[:, 0]
-  readers = dict(zip(_rows_of_processes(mesh), values))
+  readers = dict(zip(_parts_of_processes(mesh), values))
   return float(sum(readers.values()))
 
 

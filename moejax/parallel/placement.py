@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,7 @@ class OnMesh(OneDevice):
     over = tuple(m for m in over if self.mesh.shape[m] > 1)
     if not over:
       return part
-    size = self.mesh.size // _rest(self.mesh, over)
+    size = math.prod(self.mesh.shape[m] for m in over)
     return jax.tree.map(lambda x: _add_up(over, size, x), part)
 
 
@@ -121,13 +122,6 @@ def _add_up_bwd(axes, size, _, dy):
 
 
 _add_up.defvjp(_add_up_fwd, _add_up_bwd)
-
-
-def _rest(mesh: Mesh, axes: tuple[str, ...]) -> int:
-  size = mesh.size
-  for axis in axes:
-    size //= mesh.shape[axis]
-  return size
 
 
 def _is_axes(x: Any) -> bool:
