@@ -55,7 +55,7 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(libtpu):
     "--config.model.num_layers=2",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  assert "4 x TPU v5 lite; mesh: expert=4" in done.stdout
+  assert "4 x v5e; mesh: expert 4" in done.stdout
   assert "of 15.75 GiB: fits" in done.stdout
 
 

@@ -7,6 +7,7 @@ kernel of it, and there megablox is as fast; elsewhere it is E times the work.
 
 import importlib
 import itertools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -146,18 +147,42 @@ def _vmem_bytes(tiles: Tiles, size: int, transposed_lhs: bool) -> int:
   return 2 * size * (mk + kn) + (2 * size + 4) * mn
 
 
-def _gmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
+def cost(
+  m: int, k: int, n: int, num_groups: int, dtype, transposed_lhs=False
+) -> tuple[float, float]:
+  """FLOPs and HBM bytes of a product with the tiles that it gets.
+
+  Args:
+    as `choose_tiles`.
+  """
+  tiles = choose_tiles(m, k, n, num_groups, dtype, transposed_lhs)
   visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
-  # A weight tile stays in VMEM from visit to visit only if it has all of k.
-  weights = k * n * (num_groups if tiles_k == 1 else visits)
-  traffic = visits * tiles.m * k * tiles_n + weights + m * n
-  return _seconds(visits * tiles_k * tiles_n, tiles, size * traffic)
+  flops = 2.0 * visits * tiles_k * tiles_n * tiles.m * tiles.k * tiles.n
+  traffic = _tgmm_traffic if transposed_lhs else _gmm_traffic
+  size = jnp.dtype(dtype).itemsize
+  return flops, float(size * traffic(m, k, n, num_groups, tiles))
+
+
+def _gmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
+  traffic = size * _gmm_traffic(m, k, n, num_groups, tiles)
+  return _seconds(math.prod(_grid(m, k, n, num_groups, tiles)), tiles, traffic)
 
 
 def _tgmm_seconds(m, k, n, num_groups, size, tiles: Tiles) -> float:
+  traffic = size * _tgmm_traffic(m, k, n, num_groups, tiles)
+  return _seconds(math.prod(_grid(m, k, n, num_groups, tiles)), tiles, traffic)
+
+
+def _gmm_traffic(m, k, n, num_groups, tiles: Tiles) -> int:
   visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
-  traffic = visits * tiles.m * (k * tiles_n + n * tiles_k) + num_groups * k * n
-  return _seconds(visits * tiles_k * tiles_n, tiles, size * traffic)
+  # A weight tile stays in VMEM from visit to visit only if it has all of k.
+  weights = k * n * (num_groups if tiles_k == 1 else visits)
+  return visits * tiles.m * k * tiles_n + weights + m * n
+
+
+def _tgmm_traffic(m, k, n, num_groups, tiles: Tiles) -> int:
+  visits, tiles_k, tiles_n = _grid(m, k, n, num_groups, tiles)
+  return visits * tiles.m * (k * tiles_n + n * tiles_k) + num_groups * k * n
 
 
 def _grid(m, k, n, num_groups, tiles: Tiles) -> tuple[int, int, int]:

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a config fits on a pod, and how fast it can be there.
+
+The TPU compiler needs no TPU: the extra [plan] brings it to any machine. It
+compiles the real training step; its program is then walked through, loops and
+all.
+
+  topology    devices that are not here
+  compiled    config -> step compiled for them -> Plan
+  program     the compiled program's text, as instructions
+  costs       arithmetic and traffic of one; kernels: of those nobody sees into
+  chips       rates and links; collectives: what goes over them
+  roofline    the walk
+  search      meshes and remat policies, by compiling each
+"""
+
+from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
+from moejax.plan.report import describe
+from moejax.plan.roofline import Roofline
+from moejax.plan.search import search
+
+__all__ = [
+  "DoesNotFit",
+  "Memory",
+  "Plan",
+  "Roofline",
+  "describe",
+  "plan",
+  "search",
+]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans that were made before: compiling one takes a minute or more."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moejax.config import Config
+from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
+from moejax.plan.roofline import Roofline, Traffic
+
+
+def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
+  """`plan`, or what it said before of the same config, code and compiler.
+
+  Args:
+    config, topology: as `plan`'s.
+    fresh: compile in any case.
+
+  Raises:
+    As `plan`; a refusal is remembered too.
+  """
+  path = folder() / f"{_key(config, topology)}.json"
+  if not fresh and (found := _read(path)) is not None:
+    if "refused" in found:
+      raise DoesNotFit(found["refused"])
+    return _from_json(found)
+  try:
+    made = plan(config, topology)
+  except DoesNotFit as e:
+    _write(path, {"refused": str(e)})
+    raise
+  _write(path, dataclasses.asdict(made))
+  return made
+
+
+def folder() -> Path:
+  """Where plans are kept."""
+  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  return Path(base) / "moejax" / "plans"
+
+
+def _key(config: Config, topology: str) -> str:
+  """Of all that the answer depends on."""
+  versions = [
+    importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
+  ]
+  code = hashlib.sha256()
+  for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+    code.update(file.read_bytes())
+  asked = [dataclasses.asdict(config), topology, versions, code.hexdigest()]
+  text = json.dumps(asked, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError):  # none, or half of one
+    return None
+
+
+def _write(path: Path, answer: dict[str, Any]) -> None:
+  """A plan that cannot be kept is still a plan."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_suffix(f".{os.getpid()}")
+    whole.write_text(json.dumps(answer))
+    whole.replace(path)
+  except OSError:
+    pass
+
+
+def _from_json(found: dict[str, Any]) -> Plan:
+  line = found["roofline"]
+  traffic = tuple(
+    Traffic(**(t | {"axes": tuple(t["axes"])})) for t in line["traffic"]
+  )
+  line = line | {"traffic": traffic, "unknown": tuple(line["unknown"])}
+  return Plan(**(found | {
+    "memory": Memory(**found["memory"]), "roofline": Roofline(**line),
+  }))  # fmt: skip
