@@ -13,7 +13,10 @@ COMMANDS = {
   "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
   "generate": ("moejax.generate", "let a checkpoint write text"),
   "describe": ("moejax.describe", "sizes, FLOPs and memory of a config"),
-  "plan": ("moejax.plan.command", "what a step needs on a TPU pod, without one"),
+  "plan": (
+    "moejax.plan.command",
+    "what a step needs on a TPU pod, without one",
+  ),
   "convert": (
     "moejax.convert.command",
     "Hugging Face checkpoints to runs and back",

@@ -225,7 +225,9 @@ class ModelConfig:
     "each layer apart, which saves copies on a CPU",
   )
   remat: str = option(
-    "none", "what the backward pass recomputes: none, full or dots"
+    "none",
+    "what the backward pass recomputes: none, full, exchange (all but rows "
+    "from other devices) or dots (all but matrix products and those)",
   )
 
   def __post_init__(self):
@@ -245,7 +247,9 @@ class ModelConfig:
       "model.attention", self.attention,
       ("auto", "plain", "blockwise", "cudnn", "splash"),
     )  # fmt: skip
-    require_choice("model.remat", self.remat, ("none", "full", "dots"))
+    require_choice(
+      "model.remat", self.remat, ("none", "full", "exchange", "dots")
+    )
     require(
       self.num_heads % self.num_kv_heads == 0,
       f"model.num_heads={self.num_heads} is not divisible by "

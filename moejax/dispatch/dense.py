@@ -13,7 +13,7 @@ Array = jax.Array
 
 
 def dense(
-  expert_fn: Callable[[Array, Array, Any], Array],
+  expert_fn: Callable[..., Array],
   weights: Any,
   x_TD: Array,
   routing: Routing,
@@ -22,7 +22,7 @@ def dense(
   """Computes all E * T pairs, then picks those that the routing names.
 
   Args:
-    expert_fn: `(h_AD, group_sizes_E, weights) -> y_AD`.
+    expert_fn: `(h_AD, group_sizes_E, weights, None) -> y_AD`.
     weights: the experts' weights, handed through.
     x_TD: tokens.
     routing: assignments; those with expert E contribute nothing.
@@ -32,7 +32,7 @@ def dense(
   E = routing.num_experts
   h_AD = jnp.tile(x_TD, (E, 1))
   sizes_E = jnp.full(E, T, jnp.int32)
-  y_ETD = expert_fn(h_AD, sizes_E, weights).reshape(E, T, -1)
+  y_ETD = expert_fn(h_AD, sizes_E, weights, None).reshape(E, T, -1)
   somewhere_A = routing.expert_A < E
   expert_A = jnp.where(somewhere_A, routing.expert_A, 0)
   y_AD = jnp.where(somewhere_A[:, None], y_ETD[expert_A, routing.token_A], 0)

@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def ragged(
-  expert_fn: Callable[[Array, Array, Any], Array],
+  expert_fn: Callable[..., Array],
   weights: Any,
   x_TD: Array,
   routing: Routing,
@@ -27,15 +27,17 @@ def ragged(
   """Sorts assignments by expert and computes exactly those.
 
   Args:
-    expert_fn: `(h_AD, group_sizes_E, weights) -> y_AD`; rows beyond the sum of
-      the group sizes (assignments that go nowhere) come back as zeros.
+    expert_fn: `(h_AD, group_sizes_E, weights, scale_A) -> y_AD`; rows beyond
+      the sum of the group sizes (assignments that go nowhere) come back as
+      zeros, all others times their scale if one is given.
     weights: the experts' weights, handed through.
     x_TD: tokens.
     routing: assignments; those with expert E contribute nothing.
     combine: False returns one unweighted row per assignment, y_AD.
   """
   h_AD, sorting = gather_rows(x_TD, routing)
-  y_AD = expert_fn(h_AD, sorting.sizes_E, weights)
+  scale_A = sorted_weights(sorting, routing) if combine else None
+  y_AD = expert_fn(h_AD, sorting.sizes_E, weights, scale_A)
   return return_rows(y_AD, sorting, routing, x_TD.shape[0], combine)
 
 
@@ -62,6 +64,11 @@ def gather_rows(x_TD: Array, routing: Routing) -> tuple[Array, Sorting]:
   return x_TD[routing.token_A[sorting.order_A]], sorting
 
 
+def sorted_weights(sorting: Sorting, routing: Routing) -> Array:
+  """The combine weight of each sorted row."""
+  return permute(routing.weight_A, sorting.order_A, sorting.place_A)
+
+
 def return_rows(
   y_AD: Array, sorting: Sorting, routing: Routing, T: int, combine: bool
 ) -> Array:
@@ -69,12 +76,10 @@ def return_rows(
   y_AD = permute(y_AD, sorting.place_A, sorting.order_A)
   if not combine:
     return y_AD
-  weight_A = routing.weight_A.astype(y_AD.dtype)
   if X := routing.experts_per_token:
-    y_TXD = y_AD.reshape(T, X, -1)
-    return jnp.einsum("txd,tx->td", y_TXD, weight_A.reshape(T, X))
+    return y_AD.reshape(T, X, -1).sum(1)
   y_TD = jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype)
-  return y_TD.at[routing.token_A].add(y_AD * weight_A[:, None])
+  return y_TD.at[routing.token_A].add(y_AD)
 
 
 def sort_by_expert(expert_A: Array, num_experts: int) -> Sorting:

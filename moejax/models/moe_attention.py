@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
+from moejax.experts import scale_rows
 from moejax.models.attention import attend, clip_qkv
 from moejax.models.backends import Backends
 from moejax.models.layers import weight
@@ -121,5 +122,7 @@ class MoEAttention(nn.Module):
       local, (CHOSEN, STREAM, W_O), Partial(STREAM, over=("kv_heads",))
     )(y_BTXKH, choice, w_o_EKHD)
 
-  def _multiply(self, h_AD, sizes_E, w_EDF):
+  def _multiply(self, h_AD, sizes_E, w_EDF, scale_A=None):
+    if scale_A is not None:
+      h_AD = scale_rows(h_AD, scale_A)
     return grouped_matmul(h_AD, w_EDF, sizes_E, backend=self.backends.matmul)

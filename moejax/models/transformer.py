@@ -19,14 +19,21 @@ from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
+from moejax.ops.residuals import EXCHANGED, PRODUCTS
 from moejax.routing import RouterStats
 
 Array = jax.Array
 Variables = dict[str, Any]  # what `Transformer.apply` takes: "params", ...
 
+# What is kept; names mark what JAX does not know as a product.
+_keep = jax.checkpoint_policies
 REMAT_POLICIES = {
   "full": None,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "exchange": _keep.save_only_these_names(EXCHANGED),
+  "dots": _keep.save_from_both_policies(
+    _keep.dots_with_no_batch_dims_saveable,
+    _keep.save_only_these_names(PRODUCTS, EXCHANGED),
+  ),
 }
 
 

@@ -14,7 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.dispatch.ragged import gather_rows, return_rows, sort_by_expert
+from moejax.dispatch.ragged import (
+  gather_rows,
+  return_rows,
+  sort_by_expert,
+  sorted_weights,
+)
+from moejax.ops.residuals import EXCHANGED, checkpoint_name
 from moejax.parallel.exchange import AXIS, Plan, admitted, receive, send
 from moejax.routing import Routing
 
@@ -44,7 +50,7 @@ class ExpertParallel:
 
   def __call__(
     self,
-    expert_fn: Callable[[Array, Array, Any], Array],
+    expert_fn: Callable[..., Array],
     weights: Any,
     x_TD: Array,
     routing: Routing,
@@ -55,8 +61,12 @@ class ExpertParallel:
       return self._gathered(expert_fn, weights, x_TD, routing, combine)
     rows_AD, sorting = gather_rows(x_TD, routing)
     plan = self._plan(sorting.sizes_E, routing)
-    got_CD = send(plan, rows_AD)
-    y_CD = expert_fn(got_CD, plan.received_E, weights)
+    got_CD = checkpoint_name(send(plan, rows_AD), EXCHANGED)
+    scale_C = None
+    if combine:
+      scale_C = send(plan, sorted_weights(sorting, routing)[:, None])[:, 0]
+      scale_C = checkpoint_name(scale_C, EXCHANGED)
+    y_CD = expert_fn(got_CD, plan.received_E, weights, scale_C)
     y_AD = receive(plan, y_CD)
     return return_rows(y_AD, sorting, routing, x_TD.shape[0], combine)
 

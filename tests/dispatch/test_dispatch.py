@@ -26,9 +26,9 @@ def weights():
   )
 
 
-def expert_fn(h, sizes, weights):
+def expert_fn(h, sizes, weights, scale):
   matmul = functools.partial(grouped_matmul, backend="cpu")
-  return gated_mlp(matmul, h, sizes, weights)
+  return gated_mlp(matmul, h, sizes, weights, scale)
 
 
 def by_hand(weights, x, routing):

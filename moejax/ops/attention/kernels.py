@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.ops.residuals import PRODUCTS
+
 Array = jax.Array
 
 _SPLASH_BLOCKS = (512, 256, 128)
@@ -54,12 +56,15 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
   T, N, H = q_BTNH.shape[1:]
   block = next(b for b in _SPLASH_BLOCKS if T % b == 0)
   mask = lib.MultiHeadMask([lib.CausalMask((T, T))] * N)
+  # The backward kernel writes a part of d_q for each of its blocks of keys.
+  wide = next(n for n in (4, 2, 1) if T % (n * block) == 0) * block
   kernel = lib.make_splash_mha_single_device(
     mask,
     block_sizes=lib.BlockSizes(
-      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
-      use_fused_bwd_kernel=True,
+      block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=wide,
+      block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     ),
+    residual_checkpoint_name=PRODUCTS,
     interpret=interpret,
   )  # fmt: skip
 

@@ -16,6 +16,7 @@ from moejax.ops.grouped_matmul.backends import (
   describe,
   kernels_of,
 )
+from moejax.ops.residuals import PRODUCTS, checkpoint_name
 
 __all__ = ["grouped_matmul", "choose_backend", "describe"]
 
@@ -39,9 +40,10 @@ def grouped_matmul(lhs_AD, rhs_EDF, group_sizes_E, *, backend: str):
   _check(lhs_AD, rhs_EDF, group_sizes_E)
   if 0 in (*lhs_AD.shape, *rhs_EDF.shape):
     return jnp.zeros((lhs_AD.shape[0], rhs_EDF.shape[2]), lhs_AD.dtype)
-  return _grouped_matmul(
+  out_AF = _grouped_matmul(
     lhs_AD, rhs_EDF, jnp.asarray(group_sizes_E, jnp.int32), backend
   )
+  return checkpoint_name(out_AF, PRODUCTS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

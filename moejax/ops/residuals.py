@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of what a backward pass may keep instead of computing it again."""
+
+from jax.ad_checkpoint import checkpoint_name
+
+__all__ = ["EXCHANGED", "PRODUCTS", "checkpoint_name"]
+
+# Of kernels, which JAX does not know as matrix products.
+PRODUCTS = "products"
+# Rows that came from other devices.
+EXCHANGED = "exchanged"
