@@ -226,8 +226,9 @@ class ModelConfig:
   )
   remat: str = option(
     "none",
-    "what the backward pass recomputes: none, full, exchange (all but rows "
-    "from other devices) or dots (all but matrix products and those)",
+    "what the backward pass computes again, from most to least: full, exchange "
+    "(all but rows from other devices), experts (and what is no product), dots "
+    "(what is no product) or none",
   )
 
   def __post_init__(self):
@@ -248,7 +249,9 @@ class ModelConfig:
       ("auto", "plain", "blockwise", "cudnn", "splash"),
     )  # fmt: skip
     require_choice(
-      "model.remat", self.remat, ("none", "full", "exchange", "dots")
+      "model.remat",
+      self.remat,
+      ("none", "full", "exchange", "experts", "dots"),
     )
     require(
       self.num_heads % self.num_kv_heads == 0,

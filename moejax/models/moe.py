@@ -29,7 +29,7 @@ Array = jax.Array
 
 EXPERT_IN, EXPERT_OUT = (
   Axes("expert", "embed", "mlp"),
-  Axes("expert", "mlp", "embed"),
+  Axes("expert", "mlp_rows", None),
 )
 
 

@@ -7,7 +7,8 @@ axes each is split over.
 of activations  batch, tokens, heads, kv_heads, mlp, expert, and
                 spread_tokens: tokens split as far as they can be
 of parameters   embed, vocab (split where they are stored, whole where they are
-                used), heads, kv_heads, mlp, expert
+                used), heads, kv_heads, mlp, expert, and mlp_rows: hidden
+                channels of experts' output weights, split further where stored
 """
 
 import dataclasses
@@ -87,7 +88,8 @@ class OneDevice:
     Args:
       function: of arrays; must be the same maths on any part.
       in_axes: a tuple like the arguments, or a prefix of their trees, with
-        `Axes`. What is not named, and `embed` and `vocab`, comes in whole.
+        `Axes`. What is not named comes in whole, and `embed`
+        and `vocab` as well.
       out_axes: like the result, with `Axes` or `Partial`.
     """
     del in_axes, out_axes

@@ -19,7 +19,7 @@ from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
-from moejax.ops.residuals import EXCHANGED, PRODUCTS
+from moejax.ops.residuals import ATTENTION, EXCHANGED, PRODUCTS
 from moejax.routing import RouterStats
 
 Array = jax.Array
@@ -30,9 +30,13 @@ _keep = jax.checkpoint_policies
 REMAT_POLICIES = {
   "full": None,
   "exchange": _keep.save_only_these_names(EXCHANGED),
+  "experts": _keep.save_from_both_policies(
+    _keep.dots_with_no_batch_dims_saveable,
+    _keep.save_only_these_names(ATTENTION, EXCHANGED),
+  ),
   "dots": _keep.save_from_both_policies(
     _keep.dots_with_no_batch_dims_saveable,
-    _keep.save_only_these_names(PRODUCTS, EXCHANGED),
+    _keep.save_only_these_names(ATTENTION, EXCHANGED, PRODUCTS),
   ),
 }
 

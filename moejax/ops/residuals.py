@@ -3,9 +3,10 @@
 
 from jax.ad_checkpoint import checkpoint_name
 
-__all__ = ["EXCHANGED", "PRODUCTS", "checkpoint_name"]
+__all__ = ["ATTENTION", "EXCHANGED", "PRODUCTS", "checkpoint_name"]
 
 # Of kernels, which JAX does not know as matrix products.
+ATTENTION = "attention"
 PRODUCTS = "products"
 # Rows that came from other devices.
 EXCHANGED = "exchanged"

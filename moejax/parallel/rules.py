@@ -23,30 +23,35 @@ USED = {
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
+  "mlp_rows": ("tensor",),
 }
 STORED = {
   "embed": ("fsdp", "expert"),
   "vocab": ("tensor",),
+  # Of experts, whose last axis should stay whole: a TPU pads it to 128.
+  "mlp_rows": ("fsdp", "expert"),
 }
 
 
 def used(axes: PartitionSpec) -> PartitionSpec:
   """Mesh axes of an array of these logical axes while it is used."""
-  return PartitionSpec(*(_entry(USED[x] if x in USED else ()) for x in axes))
+  return PartitionSpec(*(_entry(_used(x)) for x in axes))
 
 
 def stored(axes: PartitionSpec) -> PartitionSpec:
   """The same while it is stored; differs for parameters alone."""
-  taken = {m for x in axes if x in USED for m in USED[x]}
+  taken = {m for x in axes for m in _used(x)}
   entries = []
   for axis in axes:
-    if axis in STORED:
-      free = tuple(m for m in STORED[axis] if m not in taken)
-      taken |= set(free)
-      entries.append(_entry(free))
-    else:
-      entries.append(_entry(USED[axis] if axis in USED else ()))
+    more = STORED[axis] if axis in STORED else ()
+    free = tuple(m for m in more if m not in taken)
+    taken |= set(free)
+    entries.append(_entry(_used(axis) + free))
   return PartitionSpec(*entries)
+
+
+def _used(axis: str | None) -> tuple[str, ...]:
+  return USED[axis] if axis in USED else ()
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import jax
 
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.memory import device_bytes, lower_step
+from moejax.memory import device_bytes, lower_step, peak_bytes
 from moejax.models import build, train_flops_per_token
 from moejax.parallel import build_on_mesh, make_mesh
 from moejax.plan import roofline
@@ -114,7 +114,7 @@ def plan(config: Config, topology: str) -> Plan:
   return Plan(
     topology=topology,
     devices=mesh.size,
-    memory=_memory(compiled.memory_analysis(), state, program),
+    memory=_memory(peak_bytes(compiled, "tpu"), state, program),
     roofline=roofline.measure(program, fabric, rows_at_once(config)),
     flops=tokens * train_flops_per_token(config.model, config.data.seq_len),
     compiled_in=compiled_in,
@@ -129,9 +129,7 @@ def rows_at_once(config: Config) -> int:
   return tokens // ways * config.model.moe.experts_per_token
 
 
-def _memory(stats, state, program: Program) -> Memory:
-  total = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-  total += stats.output_size_in_bytes - stats.alias_size_in_bytes
+def _memory(total: int, state, program: Program) -> Memory:
   weights = device_bytes(state.params)
   kept, gradients = 0, 0
   main = program.computations[program.entry]

@@ -121,6 +121,8 @@ class Walk:
         found = dataclasses.replace(found, hidden=True)
       if found:
         self.collectives.append((runs, found))
+    if op.opcode.removesuffix("-start") in KINDS:
+      return  # what it reads and writes goes over the network meanwhile
     if op.opcode == "custom-call":
       cost = kernels.cost(op, where, self._rows)
       if cost is None:
@@ -129,9 +131,6 @@ class Walk:
     else:
       flops = costs.flops(op, where, self._program)
       traffic = costs.traffic(op, where, self._program)
-      if op.opcode.startswith("ragged-all-to-all"):  # not all of its room
-        held = max(s.dims[0] for s in op.shapes)
-        traffic *= min(1.0, self._rows / held)
     if flops or traffic:
       self.work.append(Work(op, runs, flops * runs, traffic * runs))
 

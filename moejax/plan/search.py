@@ -12,7 +12,7 @@ from moejax.plan.compiled import DoesNotFit, Plan
 from moejax.plan.report import HEADER, mesh_name, summary
 from moejax.plan.topology import devices_of
 
-REMATS = ("full", "exchange", "dots", "none")
+REMATS = ("full", "exchange", "experts", "dots", "none")
 _BEST = 2  # meshes for which other remat policies are tried
 
 

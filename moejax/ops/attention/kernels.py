@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.ops.residuals import PRODUCTS
+from moejax.ops.residuals import ATTENTION
 
 Array = jax.Array
 
@@ -64,7 +64,7 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
       block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=wide,
       block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     ),
-    residual_checkpoint_name=PRODUCTS,
+    residual_checkpoint_name=ATTENTION,
     interpret=interpret,
   )  # fmt: skip
 

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What collectives move, over which axes, and how long a torus takes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moejax.plan.chips import CHIPS, Network
+from moejax.plan.collectives import Fabric
+from moejax.plan.program import Program
+from moejax.plan.roofline import Walk
+
+SIZES = (("fsdp", 2), ("expert", 4))
+
+
+def torus(*sides, kind="TPU v5"):
+  coords = tuple(tuple(map(int, c)) for c in np.ndindex(*sides))
+  return Network(CHIPS[kind], coords, sides, 1)
+
+
+def collectives(function, out_spec):
+  """Of a program on 2 x 4 devices, as lines of a torus of 2 x 4."""
+  devices = np.asarray(jax.devices()[:8]).reshape(2, 4)
+  mesh = Mesh(devices, [name for name, _ in SIZES])
+  spec = PartitionSpec("fsdp", "expert")
+  local = jax.shard_map(
+    function, mesh=mesh, in_specs=spec, out_specs=out_spec, check_vma=False
+  )
+  x = jax.ShapeDtypeStruct(
+    (16, 32), jnp.float32, sharding=NamedSharding(mesh, spec)
+  )
+  text = jax.jit(local).lower(x).compile().as_text()
+  fabric = Fabric(SIZES, torus(2, 4))
+  return [c for _, c in Walk(Program.parse(text), fabric, 0).collectives]
+
+
+PART = 8 * 8 * 4  # bytes of a device's part
+
+
+@pytest.mark.parametrize("axis, size", SIZES)
+def test_sums(axis, size):
+  """A ring sends 2 (n - 1) / n of what it adds up."""
+  (found,) = collectives(
+    functools.partial(jax.lax.psum, axis_name=axis),
+    PartitionSpec(*(None if a == axis else a for a, _ in SIZES)),
+  )
+  assert (found.kind, found.axes) == ("all-reduce", (axis,))
+  assert found.bytes == pytest.approx(2 * (size - 1) / size * PART)
+
+
+def test_sums_over_both():
+  (found,) = collectives(
+    lambda x: jax.lax.psum(x, ("fsdp", "expert")), PartitionSpec()
+  )
+  assert found.axes == ("fsdp", "expert")
+  assert found.bytes == pytest.approx(2 * 7 / 8 * PART)
+
+
+def test_gathering():
+  (found,) = collectives(
+    lambda x: jax.lax.all_gather(x, "expert", tiled=True) * 2,
+    PartitionSpec("fsdp"),
+  )
+  assert (found.kind, found.axes) == ("all-gather", ("expert",))
+  assert found.bytes == pytest.approx(3 * PART)
+
+
+def test_exchanging():
+  (found,) = collectives(
+    lambda x: jax.lax.all_to_all(x, "expert", 0, 0, tiled=True) * 2,
+    PartitionSpec("fsdp", "expert"),
+  )
+  assert (found.kind, found.axes) == ("all-to-all", ("expert",))
+  assert found.bytes == pytest.approx(3 / 4 * PART)
+
+
+def test_a_ring_is_twice_as_fast_as_a_line():
+  line, ring = torus(2, 4, 4, kind="TPU v5 lite"), torus(2, 4, 4)
+  group = range(4)  # along the last side, which closes on a v5p alone
+  link = CHIPS["TPU v5"].link
+  assert ring.gather_seconds(group, 1e9) == pytest.approx(1e9 / (2 * link))
+  link = CHIPS["TPU v5 lite"].link
+  assert line.gather_seconds(group, 1e9) == pytest.approx(1e9 / link)
+
+
+def test_an_exchange_crosses_the_middle():
+  """On a line of 4, each half sends half of its bytes over one link."""
+  network = torus(4, kind="TPU v5 lite")
+  link = CHIPS["TPU v5 lite"].link
+  assert network.exchange_seconds(range(4), 1e9) == pytest.approx(
+    2 * 1e9 / 2 / link
+  )
+
+
+def test_all_sides_of_a_torus_help():
+  network = torus(4, 4, 4)
+  all_of_it = network.gather_seconds(range(64), 1e9)
+  assert all_of_it == pytest.approx(1e9 / (6 * CHIPS["TPU v5"].link))
+
+
+@pytest.mark.parametrize(
+  "groups, axes",
+  [
+    ("{{0,1,2,3},{4,5,6,7}}", ("expert",)),
+    ("[2,4]<=[8]", ("expert",)),
+    ("[4,2]<=[2,4]T(1,0)", ("fsdp",)),
+    ("mesh['a'=2,'b'=4] {'b'}", ("expert",)),
+    ("mesh['a'=8] {'a'}", ("fsdp", "expert")),
+  ],
+)
+def test_notations_of_groups(groups, axes):
+  text = f"""
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  %p = f32[8]{{0}} parameter(0)
+  ROOT %r = f32[8]{{0}} all-reduce(%p), replica_groups={groups}, to_apply=%add
+}}
+"""
+  fabric = Fabric(SIZES, torus(2, 4))
+  ((_, found),) = Walk(Program.parse(text), fabric, 0).collectives
+  assert found.axes == axes
