@@ -588,6 +588,11 @@ class ParallelConfig:
     "0: for all that could come. Rows beyond it are dropped and counted in "
     "router/dropped",
   )
+  overlap: bool = option(
+    True,
+    "ask a TPU's compiler to run collectives beside other work; false leaves "
+    "it at its defaults",
+  )
 
   AXES = ("data", "fsdp", "expert", "tensor", "sequence")
   EXCHANGES = ("auto", "all_to_all", "all_gather")

@@ -11,6 +11,7 @@ from moejax.config import Config
 from moejax.errors import ConfigError
 from moejax.models import Transformer
 from moejax.models.placement import TOKENS
+from moejax.parallel import compile_overlapped
 from moejax.progress import format_bytes
 from moejax.step import BATCH_KEYS, TrainState, make_train_step
 
@@ -25,8 +26,9 @@ def compile_step(config: Config, model: Transformer, state: TrainState):
   Raises:
     ConfigError: more than there is.
   """
-  compiled = lower_step(config, model, state).compile()
-  needed = peak_bytes(compiled, jax.local_devices()[0].platform)
+  platform = jax.local_devices()[0].platform
+  compiled = compile_for_platform(config, model, state, platform)
+  needed = peak_bytes(compiled, platform)
   require_memory(
     needed, "a training step", "lower train.batch_size or data.seq_len, raise "
     "train.accumulation_steps, or set model.remat=full",
@@ -35,6 +37,16 @@ def compile_step(config: Config, model: Transformer, state: TrainState):
   each = " on each device" if len(state.step.sharding.device_set) > 1 else ""
   print(f"memory: a step takes {format_bytes(needed)}{each}", flush=True)
   return compiled
+
+
+def compile_for_platform(
+  config: Config, model: Transformer, state: TrainState, platform: str
+) -> jax.stages.Compiled:
+  """The compiled step; its devices need not be here."""
+  lowered = lower_step(config, model, state)
+  if config.parallel.num_devices == 1 or not config.parallel.overlap:
+    return lowered.compile()
+  return compile_overlapped(lowered, platform)
 
 
 def peak_bytes(compiled: Any, platform: str) -> int:

@@ -8,6 +8,13 @@ meet the axes of a mesh.
 from moejax.parallel.batches import on_one_device
 from moejax.parallel.mesh import make_mesh
 from moejax.parallel.model import build_on_mesh
+from moejax.parallel.overlap import compile_overlapped
 from moejax.parallel.rules import shardings
 
-__all__ = ["build_on_mesh", "make_mesh", "on_one_device", "shardings"]
+__all__ = [
+  "build_on_mesh",
+  "compile_overlapped",
+  "make_mesh",
+  "on_one_device",
+  "shardings",
+]

@@ -11,15 +11,6 @@ import numpy as np
 from moejax.plan.chips import Network
 from moejax.plan.program import Instruction, Shape
 
-KINDS = (
-  "all-gather",
-  "reduce-scatter",
-  "all-reduce",
-  "all-to-all",
-  "ragged-all-to-all",
-  "collective-permute",
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -60,7 +51,7 @@ class Fabric:
     """A collective of this mesh; None for one among nobody.
 
     Args:
-      op: of one of `KINDS`, or its `-start`.
+      op: one of `costs.COLLECTIVES`, or its `-start`.
       operands: what it is given.
       rows: that a ragged exchange sends, if all experts get as many.
     """

@@ -8,7 +8,7 @@ import jax
 
 from moejax.config import Config
 from moejax.errors import UserError
-from moejax.memory import device_bytes, lower_step, peak_bytes
+from moejax.memory import compile_for_platform, device_bytes, peak_bytes
 from moejax.models import build, train_flops_per_token
 from moejax.parallel import build_on_mesh, make_mesh
 from moejax.plan import roofline
@@ -90,21 +90,8 @@ def plan(config: Config, topology: str) -> Plan:
     DoesNotFit: more memory than a device has.
     UserError: there is no compiler here.
   """
-  mesh = make_mesh(config.parallel, devices_of(topology))
-  model = build_on_mesh(config, mesh, "tpu")
-  plain = build(config.model, "tpu")
-  state = abstract_state(config, plain, state_shardings(config, plain, mesh))
   begun = time.perf_counter()
-  lowered = lower_step(config, model, state)
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    lines = [line for line in str(e).splitlines() if line.strip()]
-    raise DoesNotFit(
-      f"the compiler refuses this step on {topology}: {' '.join(lines[:2])}; "
-      "split it further by config.parallel, raise train.accumulation_steps, "
-      "or set model.remat=full"
-    ) from e
+  compiled, mesh, state = compile_for(config, topology)
   compiled_in = time.perf_counter() - begun
   program = Program.parse(compiled.as_text())
   fabric = Fabric(
@@ -119,6 +106,28 @@ def plan(config: Config, topology: str) -> Plan:
     flops=tokens * train_flops_per_token(config.model, config.data.seq_len),
     compiled_in=compiled_in,
   )
+
+
+def compile_for(config: Config, topology: str):
+  """The compiled step, its mesh, and the state with its shardings.
+
+  Raises:
+    As `plan`.
+  """
+  mesh = make_mesh(config.parallel, devices_of(topology))
+  model = build_on_mesh(config, mesh, "tpu")
+  plain = build(config.model, "tpu")
+  state = abstract_state(config, plain, state_shardings(config, plain, mesh))
+  try:
+    compiled = compile_for_platform(config, model, state, "tpu")
+  except jax.errors.JaxRuntimeError as e:
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    raise DoesNotFit(
+      f"the compiler refuses this step on {topology}: {' '.join(lines[:2])}; "
+      "split it further by config.parallel, raise train.accumulation_steps, "
+      "or set model.remat=full"
+    ) from e
+  return compiled, mesh, state
 
 
 def rows_at_once(config: Config) -> int:

@@ -18,6 +18,14 @@ FREE = frozenset(
   "all-reduce-done all-gather-done collective-permute-done "
   "ragged-all-to-all-done".split()
 )
+COLLECTIVES = (
+  "all-gather",
+  "reduce-scatter",
+  "all-reduce",
+  "all-to-all",
+  "ragged-all-to-all",
+  "collective-permute",
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -52,6 +60,11 @@ def traffic(op: Instruction, where: Computation, program: Program) -> float:
   if op.opcode in ("broadcast", "iota"):
     return op.hbm_bytes
   return op.hbm_bytes + sum(x.hbm_bytes for x in operands)
+
+
+def is_collective(op: Instruction) -> bool:
+  """Whether it, or its beginning, is one of `COLLECTIVES`."""
+  return op.opcode.removesuffix("-start") in COLLECTIVES
 
 
 def declared(op: Instruction) -> tuple[float, float]:
@@ -95,6 +108,8 @@ def _read(param: Instruction, inner: Computation, program: Program) -> float:
       user.opcode == "dynamic-update-slice" and user.operands[0] == param.name
     ):
       continue  # updated in place
+    elif user.opcode == "tuple" or is_collective(user):
+      continue  # handed through; what goes over the network is counted there
     elif user.opcode == "bitcast":
       total += _read(user, inner, program)
     elif user.opcode == "fusion":
@@ -109,8 +124,10 @@ def _read(param: Instruction, inner: Computation, program: Program) -> float:
 
 def _written(root: Instruction, inner: Computation, program: Program) -> float:
   """Bytes of a fusion's result that it writes: a slice, if in place."""
-  while root.opcode == "bitcast":
+  while root.opcode in ("bitcast", "get-tuple-element"):
     root = inner.instructions[root.operands[0]]
+  if root.opcode == "parameter" or is_collective(root):
+    return 0
   if root.opcode == "dynamic-update-slice":
     return inner.instructions[root.operands[1]].shapes[0].bytes
   if root.opcode == "fusion":

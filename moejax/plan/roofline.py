@@ -14,9 +14,11 @@ from collections.abc import Iterator
 
 from moejax.plan import costs, kernels
 from moejax.plan.chips import Chip
-from moejax.plan.collectives import KINDS, Collective, Fabric
+from moejax.plan.collectives import Collective, Fabric
 from moejax.plan.program import Computation, Instruction, Program
 
+_ASYNC_START = "async-collective-start"
+_ASYNC_DONE = "async-collective-done"
 _CALLS = {"call": "to_apply", "call-start": "to_apply", "async-start": "calls"}
 
 
@@ -114,25 +116,46 @@ class Walk:
         self._count(op, where, runs)
 
   def _count(self, op: Instruction, where: Computation, runs: int) -> None:
-    for kind, inner in _collectives(op, where, self._program):
-      shapes = [s for x in kind.operands for s in inner.instructions[x].shapes]
-      found = self._fabric.measure(kind, shapes, self._rows)
-      if found and inner is not where:  # fused with what runs beside it
-        found = dataclasses.replace(found, hidden=True)
-      if found:
-        self.collectives.append((runs, found))
-    if op.opcode.removesuffix("-start") in KINDS:
-      return  # what it reads and writes goes over the network meanwhile
-    if op.opcode == "custom-call":
-      cost = kernels.cost(op, where, self._rows)
-      if cost is None:
-        self.unknown[f"a kernel that declares no cost, {op.name}"] += 1
-      flops, traffic = cost or (0.0, 0.0)
-    else:
+    if costs.is_collective(op):
+      # What it reads and writes goes over the network meanwhile.
+      self._collect(op, where, runs, op.opcode.endswith("-start"))
+      return
+    within = list(_all_within(op, self._program))
+    if op.name.startswith(_ASYNC_START):
+      # Carried on by the fusions that follow, beside their own work.
+      for x, inner in within:
+        if costs.is_collective(x):
+          self._collect(x, inner, runs, True)
+      return
+    if op.name.startswith(_ASYNC_DONE):
+      return
+    known = [
+      self._kernel(x, inner)
+      for x, inner in [(op, where), *within]
+      if x.opcode == "custom-call"
+    ]
+    flops = sum(f for f, _ in known)
+    traffic = sum(t for _, t in known)
+    if not traffic and op.opcode != "custom-call":
       flops = costs.flops(op, where, self._program)
       traffic = costs.traffic(op, where, self._program)
     if flops or traffic:
       self.work.append(Work(op, runs, flops * runs, traffic * runs))
+
+  def _kernel(self, op: Instruction, where: Computation) -> tuple[float, float]:
+    cost = kernels.cost(op, where, self._rows)
+    if cost is None:
+      self.unknown[f"a kernel that declares no cost, {op.name}"] += 1
+    return cost or (0.0, 0.0)
+
+  def _collect(
+    self, op: Instruction, where: Computation, runs: int, hidden: bool
+  ) -> None:
+    shapes = [s for x in op.operands for s in where.instructions[x].shapes]
+    found = self._fabric.measure(op, shapes, self._rows)
+    if found:
+      found = dataclasses.replace(found, hidden=hidden)
+      self.collectives.append((runs, found))
 
 
 def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
@@ -165,16 +188,15 @@ def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
   )
 
 
-def _collectives(
-  op: Instruction, where: Computation, program: Program
+def _all_within(
+  op: Instruction, program: Program
 ) -> Iterator[tuple[Instruction, Computation]]:
-  """Those that an instruction is, or that are fused into it."""
-  if op.opcode.removesuffix("-start") in KINDS:
-    yield op, where
-  elif op.opcode == "fusion":
+  """What is fused into an instruction."""
+  if op.opcode == "fusion":
     inner = program.computations[op.called("calls")]
     for x in inner.instructions.values():
-      yield from _collectives(x, inner, program)
+      yield x, inner
+      yield from _all_within(x, program)
 
 
 def _short(scope: str) -> str:

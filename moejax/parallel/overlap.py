@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives beside other work: what the TPU compiler has to be asked for.
+
+By its defaults libtpu 0.0.42 waits for every collective of a training step.
+With these, weights are gathered and gradients added up within the kernels that
+run meanwhile, and rows travel to their experts beside other work (seen in the
+compiled programs; not yet measured on a chip).
+"""
+
+import re
+import warnings
+
+import jax
+
+TPU_OPTIONS = dict.fromkeys(
+  (
+    "xla_enable_async_all_gather",
+    "xla_enable_async_all_reduce",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call",
+    "xla_tpu_enable_async_ragged_all_to_all",
+    "xla_tpu_enable_latency_hiding_scheduler",
+    "xla_tpu_overlap_compute_collective_tc",
+  ),
+  "true",
+)
+
+
+def compile_overlapped(
+  lowered: jax.stages.Lowered, platform: str
+) -> jax.stages.Compiled:
+  """Compiles a program of many devices; other platforms need no asking.
+
+  An option that this compiler does not know is left out, with a warning.
+  """
+  options = dict(TPU_OPTIONS) if platform == "tpu" else {}
+  while True:
+    try:
+      return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as e:
+      unknown = re.search(r"No such compile option: '(\w+)'", str(e))
+      if not unknown or unknown.group(1) not in options:
+        raise
+      del options[unknown.group(1)]
+      warnings.warn(
+        f"this TPU compiler has no {unknown.group(1)}: collectives may be "
+        "waited for",
+        stacklevel=2,
+      )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The published systems on the pods that their configs name."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax import cli
+from moejax.memory import device_bytes
+from moejax.plan.compiled import compile_for, rows_at_once
+from moejax.plan.kernels import cost
+from moejax.plan.program import Program
+
+ROOT = Path(__file__).parents[2]
+SYSTEMS = ("olmoe_1b_7b", "jetmoe_8b", "dbrx_132b", "hunyuan_large")
+
+
+@pytest.fixture(autouse=True)
+def libtpu():
+  pytest.importorskip("libtpu", reason="the [plan] extra is not installed")
+
+
+def recommended(name):
+  """The command of a config's docstring: its topology and its config."""
+  path = ROOT / "configs" / f"{name}.py"
+  command = re.search(
+    r"moejax plan --config=\S+ --topology=(\S+)((?: \\\n +--\S+| --\S+)*)",
+    path.read_text(),
+  )
+  assert command, f"{name} names no pod"
+  options = re.findall(r"--config\.\S+", command.group(2))
+  return command.group(1), cli.parse_config(str(path), options)
+
+
+def shortened(config, repeats=3):
+  """The same with fewer repeats of its layers."""
+  model = config.model
+  layers = model.num_layers - (model.num_repeats - repeats) * len(model.pattern)
+  model = dataclasses.replace(model, num_layers=layers)
+  return dataclasses.replace(config, model=model)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_steps_keep_what_makes_them_fit(name):
+  topology, config = recommended(name)
+  config = shortened(config)
+  compiled, mesh, state = compile_for(config, topology)
+  program = Program.parse(compiled.as_text())
+  # The state is split over all devices but for what is small.
+  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+  assert device_bytes(state) < 1.1 * whole / mesh.size
+  # It is given away to the next state.
+  given = compiled.memory_analysis().alias_size_in_bytes
+  assert given > 0.99 * device_bytes(state)
+  # One body for all layers: a kernel per product, not per layer and product.
+  where = [
+    (op, computation)
+    for computation in program.computations.values()
+    for op in computation.instructions.values()
+  ]
+  kernels = [op for op, _ in where if "tpu_custom_call" in op.attributes]
+  assert 0 < len(kernels) < 40 * len(config.model.pattern)
+  assert all(
+    cost(op, c, rows_at_once(config)) for op, c in where if op in kernels
+  )
+  # Logits of a chunk of tokens at a time.
+  tokens = config.train.batch_size * config.data.seq_len // mesh.size
+  vocab = config.model.vocab_size // config.parallel.tensor
+  for op, _ in where:
+    for shape in op.shapes:
+      if shape.dtype == "f32" and vocab in shape.dims:
+        assert shape.size < tokens // 2 * vocab, op.name
