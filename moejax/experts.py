@@ -7,7 +7,7 @@ import flax.struct
 import jax
 
 Array = jax.Array
-GroupedMatmul = Callable[[Array, Array, Array], Array]
+GroupedMatmul = Callable[..., Array]
 
 
 @flax.struct.dataclass
@@ -32,11 +32,14 @@ def gated_mlp(
   not needed for the gradient of the scale, nor computed again by remat.
 
   Args:
-    matmul: grouped product `(lhs_AD, rhs_EDF, group_sizes_E) -> out_AF`.
+    matmul: `grouped_matmul` with a back end.
     h_AD: rows sorted by expert.
     group_sizes_E: rows of each expert.
     weights: the experts' weights, cast to the dtype of `h_AD` here.
     scale_A: what each row of the result is multiplied by; None for nothing.
+
+  Returns:
+    y_AD; rows beyond the last group hold anything.
   """
   dtype = h_AD.dtype
   gate_AF = matmul(h_AD, weights.w_gate_EDF.astype(dtype), group_sizes_E)
@@ -44,7 +47,10 @@ def gated_mlp(
   hidden_AF = jax.nn.silu(gate_AF) * up_AF
   if scale_A is not None:
     hidden_AF = scale_rows(hidden_AF, scale_A)
-  return matmul(hidden_AF, weights.w_down_EFD.astype(dtype), group_sizes_E)
+  return matmul(
+    hidden_AF, weights.w_down_EFD.astype(dtype), group_sizes_E,
+    zero_beyond=False,
+  )  # fmt: skip
 
 
 def scale_rows(x_AD: Array, scale_A: Array) -> Array:

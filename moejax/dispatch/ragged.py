@@ -28,8 +28,8 @@ def ragged(
 
   Args:
     expert_fn: `(h_AD, group_sizes_E, weights, scale_A) -> y_AD`; rows beyond
-      the sum of the group sizes (assignments that go nowhere) come back as
-      zeros, all others times their scale if one is given.
+      the sum of the group sizes (assignments that go nowhere) may come back as
+      anything, all others times their scale if one is given.
     weights: the experts' weights, handed through.
     x_TD: tokens.
     routing: assignments; those with expert E contribute nothing.
@@ -72,8 +72,13 @@ def sorted_weights(sorting: Sorting, routing: Routing) -> Array:
 def return_rows(
   y_AD: Array, sorting: Sorting, routing: Routing, T: int, combine: bool
 ) -> Array:
-  """Sorted rows in the assignments' order, or summed by token, [T, ...]."""
+  """Sorted rows in the assignments' order, or summed by token, [T, ...].
+
+  Rows of assignments that go nowhere count as zeros, whatever they hold.
+  """
   y_AD = permute(y_AD, sorting.place_A, sorting.order_A)
+  somewhere_A = routing.expert_A < routing.num_experts
+  y_AD = jnp.where(somewhere_A[:, None], y_AD, 0)
   if not combine:
     return y_AD
   if X := routing.experts_per_token:

@@ -129,3 +129,27 @@ def test_rows_that_go_nowhere_carry_no_nan(weights):
   )(weights)
   assert jnp.isfinite(y)
   assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("combine", [True, False])
+@pytest.mark.parametrize("routing", ["padding", "expert choice"])
+def test_rows_beyond_the_groups_may_hold_anything(weights, routing, combine):
+  """A TPU's kernel leaves them unwritten."""
+  routing = ROUTINGS[routing]()
+  x = jax.random.normal(jax.random.key(3), (T, D))
+
+  def littered(h, sizes, weights, scale):
+    y = expert_fn(h, sizes, weights, scale)
+    return jnp.where(jnp.arange(len(y))[:, None] < sizes.sum(), y, jnp.nan)
+
+  def results(expert_fn):
+    loss = lambda w, x: jnp.sin(
+      ragged(expert_fn, w, x, routing, combine)
+    ).sum()  # fmt: skip
+    return jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
+
+  for got, want in zip(
+    jax.tree.leaves(results(littered)), jax.tree.leaves(results(expert_fn)),
+    strict=True,
+  ):  # fmt: skip
+    np.testing.assert_array_equal(got, want)

@@ -2,6 +2,7 @@
 """Plans of pods, by the compiler of the chips."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,62 @@ def test_other_numbers_of_chips(libtpu):
   done = plan("--topology=v5e:3x7x5")
   assert done.returncode == 2
   assert "v5e:3x7x5 is not known to the compiler" in done.stderr
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  return tmp_path / "moejax" / "plans"
+
+
+def small_plan(*args):
+  return plan("--topology=v5e:2x2", "--config.model.num_layers=2", *args)
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_the_same_question_is_answered_from_the_cache(libtpu, own_cache):
+  first = small_plan("--config.parallel.fsdp=4")
+  (kept,) = own_cache.iterdir()
+  before = kept.stat().st_mtime_ns
+  again = small_plan("--config.parallel.fsdp=4", "--price=2")
+  assert kept.stat().st_mtime_ns == before
+  priced = [x for x in again.stdout.splitlines() if x.startswith("price")]
+  assert priced
+  lines = [x for x in again.stdout.splitlines() if x not in priced]
+  assert lines == first.stdout.splitlines()
+  kept.write_text("{")  # half an answer is none
+  assert small_plan("--config.parallel.fsdp=4").returncode == 0
+  assert kept.stat().st_mtime_ns != before
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_search_ranks_what_fits(libtpu, own_cache):
+  done = small_plan("--search", "--config.model.moe.num_experts=6")
+  assert done.returncode == 0, done.stderr
+  rows = [x for x in done.stdout.splitlines() if re.search(r"\d%", x)]
+  meshes = {x[:34].strip() for x in rows if x.startswith(("fsdp", "expert"))}
+  assert {"fsdp 4", "fsdp 2, expert 2"} == meshes
+  remats = {x[34:].split()[0] for x in rows if x[:34].strip() in meshes}
+  assert remats == {"full", "exchange", "experts", "dots", "none"}
+  best = done.stdout.partition("the fastest that fits:")[2]
+  assert "--config.model.remat=" in best.splitlines()[1]
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_a_search_without_any_mesh(libtpu):
+  done = small_plan(
+    "--search", "--config.train.batch_size=3", "--config.data.seq_len=127",
+    "--config.model.num_heads=3", "--config.model.num_kv_heads=3",
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "no mesh of 4 devices divides batch_size=3" in done.stderr
+
+
+@pytest.mark.parametrize("price", ["-1", "nan", "much"])
+def test_a_price_that_is_none(price):
+  done = plan("--topology=v5e:2x2", f"--price={price}")
+  assert done.returncode == 2
+  assert "--price" in done.stderr

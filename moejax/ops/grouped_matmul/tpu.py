@@ -32,6 +32,11 @@ def gmm(lhs_AD, rhs_EDF, group_sizes_E, interpret=False):
   return _gmm(lhs_AD, rhs_EDF, group_sizes_E, False, interpret)
 
 
+def gmm_unzeroed(lhs_AD, rhs_EDF, group_sizes_E, interpret=False):
+  """`gmm`, but rows beyond the last group hold anything."""
+  return _product(lhs_AD, rhs_EDF, group_sizes_E, False, interpret)
+
+
 def gmm_transposed(d_out_AF, rhs_EDF, group_sizes_E, interpret=False):
   """`d_out_AF @ rhs_EDF[group].T` -> `[A, D]`; zeros beyond the last group."""
   return _gmm(d_out_AF, rhs_EDF, group_sizes_E, True, interpret)
@@ -101,11 +106,17 @@ def _megablox():
 
 
 def _gmm(x, rhs_EDF, group_sizes_E, transposed, interpret):
+  out = _product(x, rhs_EDF, group_sizes_E, transposed, interpret)
+  return jnp.where(jnp.arange(len(x))[:, None] < group_sizes_E.sum(), out, 0)
+
+
+def _product(x, rhs_EDF, group_sizes_E, transposed, interpret):
+  """The kernel leaves rows that belong to no group unwritten."""
   dtype, (m, k) = x.dtype, x.shape
   n = rhs_EDF.shape[1 if transposed else 2]
   x, rhs_EDF = _one_type(x, rhs_EDF)
   tiles = choose_tiles(m, k, n, len(group_sizes_E), x.dtype)
-  out = _megablox().gmm(
+  return _megablox().gmm(
     _pad(x, tiles.m),
     rhs_EDF,
     group_sizes_E,
@@ -114,8 +125,6 @@ def _gmm(x, rhs_EDF, group_sizes_E, transposed, interpret):
     transpose_rhs=transposed,
     interpret=interpret,
   )[:m]
-  # The kernel leaves rows that belong to no group unwritten.
-  return jnp.where(jnp.arange(m)[:, None] < group_sizes_E.sum(), out, 0)
 
 
 def _one_type(x, y):
