@@ -7,6 +7,13 @@
 Published: 3072 H100, 12 T tokens of text and code at up to 32 K tokens a row.
 `:tiny` is a minute on a laptop.
 
+A pod for it, with as many tokens a batch in shorter rows; what it gives is in
+docs/pods.md:
+
+  moejax plan --config=configs/dbrx_132b.py --topology=v5p:8x8x16 \
+    --config.parallel.data=8 --config.parallel.fsdp=128 \
+    --config.data.seq_len=4096 --config.train.batch_size=4096
+
 16 experts top-4, renormalised; LayerNorm without bias; queries, keys and values
 clipped to +-8; RoPE base 500,000; balancing loss 0.05, no z-loss. Optimizer,
 learning rate, batch and mixture are not published: those here are a start for a

@@ -8,6 +8,11 @@ Published: 7 T tokens, the last 5% annealed to a tenth of the peak rate
 (arXiv:2411.02265); hardware, rates and batch are not, so those here are a start
 for a study. `:tiny` is a minute on a laptop.
 
+A pod for it; what it gives is in docs/pods.md:
+
+  moejax plan --config=configs/hunyuan_large.py --topology=v5p:8x8x16 \
+    --config.parallel.data=8 --config.parallel.fsdp=128
+
 One shared expert and 16 routed ones, top-1; in training, tokens beyond an
 expert's capacity go at random to those with room (recycle routing). Every
 second layer reads the keys and values of the one before (cross-layer

@@ -7,6 +7,12 @@
 Published: 96 H100 for 13 to 14 days, 1 T tokens and 250 B of decay
 (arXiv:2404.07413). `:tiny` is a minute on a laptop.
 
+A pod for it; what it gives is in docs/pods.md:
+
+  moejax plan --config=configs/jetmoe_8b.py --topology=v5p:4x8x8 \
+    --config.parallel.data=4 --config.parallel.fsdp=64 \
+    --config.model.remat=experts
+
 Attention heads are experts too: queries and outputs of 2 of 8 experts around
 one set of keys and values; both halves of a layer route, 8 experts top-2,
 weights renormalised over the chosen. Warm-up, stable, exponential decay. The

@@ -7,6 +7,12 @@
 Published: 256 H100, about 10 days for 5.03 T tokens, 23,600 tokens/s a GPU
 (arXiv:2409.02060). `:tiny` is a minute on a laptop.
 
+A pod for it; what it gives is in docs/pods.md:
+
+  moejax plan --config=configs/olmoe_1b_7b.py --topology=v5p:4x8x8 \
+    --config.parallel.data=4 --config.parallel.fsdp=64 \
+    --config.model.remat=dots
+
 64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
 heads at once; no shared expert. Main phase of the recipe: cosine to a tenth
 over 5 T tokens, of which 5.03 T were run; the annealing phase after it goes

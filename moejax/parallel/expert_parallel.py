@@ -67,7 +67,7 @@ class ExpertParallel:
       scale_C = send(plan, sorted_weights(sorting, routing)[:, None])[:, 0]
       scale_C = checkpoint_name(scale_C, EXCHANGED)
     y_CD = expert_fn(got_CD, plan.received_E, weights, scale_C)
-    y_AD = receive(plan, y_CD)
+    y_AD = checkpoint_name(receive(plan, y_CD), EXCHANGED)
     return return_rows(y_AD, sorting, routing, x_TD.shape[0], combine)
 
   def admit(self, routing: Routing) -> Routing:

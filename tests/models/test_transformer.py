@@ -111,7 +111,8 @@ def test_initial_weights_are_normal_cut_at_three_std():
 @pytest.mark.parametrize(
   "change",
   [
-    {"remat": "full"}, {"remat": "dots"}, {"dispatch": "dense"},
+    {"remat": "full"}, {"remat": "dots"},
+    {"remat": "exchange"}, {"remat": "experts"}, {"dispatch": "dense"},
     {"matmul": "reference"}, {"matmul": "cpu_loops"},
     {"attention": "blockwise"},
   ],

@@ -199,6 +199,21 @@ def test_no_device_gathers_all_tokens():
   assert max(gathered) >= tokens
 
 
+def test_remat_need_not_exchange_again():
+  """Rows each way, forward and backward; `full` sends them once more."""
+  given, rows = variables(Cell().router), batch()
+
+  def exchanged(remat):
+    cell = Cell("ep8", dispatch="ragged", remat=remat)
+    text = program(cell).lower(given, rows).compile().as_text()
+    return sorted(x for kind, x in collectives(text) if kind == "all-to-all")
+
+  least = exchanged("none")
+  assert exchanged("exchange") == least
+  assert exchanged("experts") == least
+  assert sum(exchanged("full")) > 1.2 * sum(least)
+
+
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_exchange_ragged_rows(platform):
   """Lowered for them on this CPU: rows go as they are, without boxes."""
