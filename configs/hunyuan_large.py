@@ -11,7 +11,9 @@ for a study. `:tiny` is a minute on a laptop.
 A pod for it; what it gives is in docs/pods.md:
 
   moejax plan --config=configs/hunyuan_large.py --topology=v5p:8x8x16 \
-    --config.parallel.data=8 --config.parallel.fsdp=128
+    --config.parallel.data=4 --config.parallel.fsdp=16 \
+    --config.parallel.expert=16 --config.parallel.receive_factor=2.0 \
+    --config.model.remat=exchange
 
 One shared expert and 16 routed ones, top-1; in training, tokens beyond an
 expert's capacity go at random to those with room (recycle routing). Every
