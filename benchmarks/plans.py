@@ -38,9 +38,7 @@ def main() -> None:
     if not found:
       continue
     topology, options = found.groups()
-    config = cli.parse_config(
-      str(path), re.findall(r"--config\.\S+", options)
-    )
+    config = cli.parse_config(str(path), re.findall(r"--config\.\S+", options))
     made = plan(config, topology)
     line, tokens = made.roofline, tokens_a_step(config)
     days = config.train.num_steps * line.seconds / 86400

@@ -12,6 +12,7 @@ from typing import Any
 from moejax.config import Config
 from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
 from moejax.plan.roofline import Roofline, Traffic
+from moejax.plan.topology import compiler_of
 
 
 def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
@@ -46,9 +47,8 @@ def folder() -> Path:
 
 def _key(config: Config, topology: str) -> str:
   """Of all that the answer depends on."""
-  versions = [
-    importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")
-  ]
+  versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib")]
+  versions.append(compiler_of(topology))
   code = hashlib.sha256()
   for file in sorted(Path(__file__).parents[1].rglob("*.py")):
     code.update(file.read_bytes())

@@ -2,7 +2,7 @@
 """Devices of a pod that is not here, known to their compiler alone."""
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from moejax.plan.chips import TPU_KINDS
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:8x8"
 
 
-def devices_of(topology: str) -> list[jax.Device]:
-  """The devices of a topology.
+def compiler_of(topology: str) -> str:
+  """The package that compiles for a topology, with its version.
 
   Args:
     topology: `KIND:SHAPE`, such as `v5p:4x4x4`.
 
   Raises:
-    ConfigError: there is none of that name.
+    ConfigError: there is no such kind.
     UserError: there is no compiler for it here.
   """
   kind = topology.partition(":")[0]
@@ -31,11 +31,23 @@ def devices_of(topology: str) -> list[jax.Device]:
       f"--topology={topology}: use KIND:SHAPE, such as {EXAMPLES}; kinds are "
       f"{', '.join(TPU_KINDS)}"
     )
-  if importlib.util.find_spec("libtpu") is None:
+  try:
+    return "libtpu " + importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
     raise UserError(
       "planning for TPUs needs their compiler: pip install -c constraints.txt "
       "-e '.[plan]'"
-    )
+    ) from None
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+  """The devices of a topology.
+
+  Raises:
+    ConfigError: the compiler knows none of that name.
+    As `compiler_of`.
+  """
+  compiler_of(topology)
   from jax.experimental import topologies
 
   # No chip is looked for, here or at a cloud's metadata server.
