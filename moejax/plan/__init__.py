@@ -9,7 +9,8 @@ all.
   compiled    config -> step compiled for them -> Plan
   program     the compiled program's text, as instructions
   costs       arithmetic and traffic of one; kernels: of those nobody sees into
-  chips       rates and links; collectives: what goes over them
+  chips       their rates; network: their links; gpu_targets: for the compiler
+  collectives what goes over the links; clock: how long is waited for it
   roofline    the walk
   search      meshes and remat policies, by compiling each
 """

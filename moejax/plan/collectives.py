@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moejax.plan.chips import Network
+from moejax.plan.network import Network
 from moejax.plan.program import Instruction, Shape
 
 
@@ -21,7 +21,6 @@ class Collective:
     axes: of the mesh that it goes over.
     bytes: that each device sends, averaged over them.
     seconds: on an idle network.
-    hidden: the program goes on while it runs.
     scope: where it comes from.
   """
 
@@ -29,7 +28,6 @@ class Collective:
   axes: tuple[str, ...]
   bytes: float
   seconds: float
-  hidden: bool
   scope: str
 
 
@@ -56,7 +54,7 @@ class Fabric:
       rows: that a ragged exchange sends, if all experts get as many.
     """
     kind = op.opcode.removesuffix("-start")
-    group = _first_group(op.attributes, len(self.network.coords))
+    group = _first_group(op.attributes, math.prod(n for _, n in self.axes))
     if kind == "collective-permute":
       group = _first_pair(op.attributes)
     if len(group) < 2:
@@ -73,14 +71,11 @@ class Fabric:
       moved = given * share
     elif kind == "collective-permute":
       moved = given
-      seconds = moved / self.network.chip.link
+      seconds = self.network.hop_seconds(group, moved)
     else:
       moved = given * share * (2 if kind == "all-reduce" else 1)
       seconds = self.network.gather_seconds(group, moved)
-    return Collective(
-      kind, self._axes_of(group), moved, seconds,
-      op.opcode.endswith("-start"), op.scope,
-    )  # fmt: skip
+    return Collective(kind, self._axes_of(group), moved, seconds, op.scope)
 
   def _axes_of(self, group: Sequence[int]) -> tuple[str, ...]:
     """The axes along which a group's devices differ."""

@@ -12,12 +12,18 @@ from moejax.memory import compile_for_platform, device_bytes, peak_bytes
 from moejax.models import build, train_flops_per_token
 from moejax.parallel import build_on_mesh, make_mesh
 from moejax.plan import roofline
-from moejax.plan.chips import Network
 from moejax.plan.collectives import Fabric
+from moejax.plan.network import Network, network_of
 from moejax.plan.program import Program
 from moejax.plan.roofline import Roofline
-from moejax.plan.topology import devices_of
+from moejax.plan.topology import devices_of, platform_of
+from moejax.progress import format_bytes
 from moejax.step import abstract_state, state_shardings
+
+_FIX = (
+  "split it further by config.parallel, raise train.accumulation_steps, or set "
+  "model.remat=full"
+)
 
 
 class DoesNotFit(UserError):
@@ -69,7 +75,7 @@ class Plan:
 
   @property
   def network(self) -> Network:
-    return Network.of(devices_of(self.topology))
+    return network_of(devices_of(self.topology))
 
   def mfu(self, seconds: float) -> float:
     """Model FLOPs over what the chips could at their data sheet's rate."""
@@ -93,15 +99,17 @@ def plan(config: Config, topology: str) -> Plan:
   begun = time.perf_counter()
   compiled, mesh, state = compile_for(config, topology)
   compiled_in = time.perf_counter() - begun
+  needed = peak_bytes(compiled, platform_of(topology))
+  _check_card(needed, topology)
   program = Program.parse(compiled.as_text())
   fabric = Fabric(
-    tuple(mesh.shape.items()), Network.of(list(mesh.devices.flat))
+    tuple(mesh.shape.items()), network_of(list(mesh.devices.flat))
   )
   tokens = config.train.batch_size * config.data.seq_len
   return Plan(
     topology=topology,
     devices=mesh.size,
-    memory=_memory(peak_bytes(compiled, "tpu"), state, program),
+    memory=_memory(needed, state, program),
     roofline=roofline.measure(program, fabric, rows_at_once(config)),
     flops=tokens * train_flops_per_token(config.model, config.data.seq_len),
     compiled_in=compiled_in,
@@ -115,19 +123,29 @@ def compile_for(config: Config, topology: str):
     As `plan`.
   """
   mesh = make_mesh(config.parallel, devices_of(topology))
-  model = build_on_mesh(config, mesh, "tpu")
-  plain = build(config.model, "tpu")
+  platform = platform_of(topology)
+  model = build_on_mesh(config, mesh, platform)
+  plain = build(config.model, platform)
   state = abstract_state(config, plain, state_shardings(config, plain, mesh))
   try:
-    compiled = compile_for_platform(config, model, state, "tpu")
+    compiled = compile_for_platform(config, model, state, platform)
   except jax.errors.JaxRuntimeError as e:
     lines = [line for line in str(e).splitlines() if line.strip()]
     raise DoesNotFit(
       f"the compiler refuses this step on {topology}: {' '.join(lines[:2])}; "
-      "split it further by config.parallel, raise train.accumulation_steps, "
-      "or set model.remat=full"
+      + _FIX
     ) from e
   return compiled, mesh, state
+
+
+def _check_card(needed: int, topology: str) -> None:
+  """The GPU compiler itself refuses nothing."""
+  has = network_of(devices_of(topology)).chip.memory
+  if platform_of(topology) == "gpu" and needed > has:
+    raise DoesNotFit(
+      f"this step needs {format_bytes(needed)}, a device of {topology} has "
+      f"{format_bytes(has)}; {_FIX}"
+    )
 
 
 def rows_at_once(config: Config) -> int:

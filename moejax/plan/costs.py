@@ -16,7 +16,7 @@ FREE = frozenset(
   "replica-id copy-done call-done async-done async-update opt-barrier "
   "optimization-barrier domain add-dependency send-done recv-done "
   "all-reduce-done all-gather-done collective-permute-done "
-  "ragged-all-to-all-done".split()
+  "ragged-all-to-all-done reduce-scatter-done".split()
 )
 COLLECTIVES = (
   "all-gather",

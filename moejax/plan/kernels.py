@@ -8,7 +8,7 @@ buffer and the traffic of other tiles, splash attention declares nothing.
 import numpy as np
 
 from moejax.ops.grouped_matmul import tpu
-from moejax.plan import costs
+from moejax.plan import costs, gpu_kernels
 from moejax.plan.program import Computation, Instruction
 
 # Of a kernel of each kind, products of the size of the scores.
@@ -25,6 +25,8 @@ def cost(
     where: what it stands in.
     rows: that reach a device's experts, if all of them get as many.
   """
+  if 'custom_call_target="__' in op.attributes:
+    return gpu_kernels.cost(op, where, rows)
   if 'custom_call_target="tpu_custom_call"' not in op.attributes:
     return 0.0, 0.0  # of the compiler itself: buffers, hints
   arrays = [where.instructions[x].shapes[0] for x in op.operands]

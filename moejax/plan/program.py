@@ -62,7 +62,7 @@ class Instruction:
   @functools.cached_property
   def scope(self) -> str:
     """Where in the traced program it came from."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
+    found = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
     return found.group(1) if found else ""
 
   @property

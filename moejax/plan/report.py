@@ -130,11 +130,10 @@ def _network(plan: Plan):
   for t in plan.roofline.traffic:
     if t.bytes < 1e6:
       continue
-    how = "beside other work" if t.hidden else "waited for"
     yield (
       f"  over {', '.join(t.axes)}",
       f"{t.kind} {format_bytes(t.bytes)} in {t.runs} calls, "
-      f"{t.seconds:.3g} s, {how}",
+      f"{t.seconds:.3g} s, of which {t.waits:.3g} s waited for",
     )
 
 

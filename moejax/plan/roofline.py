@@ -3,9 +3,10 @@
 
 Each instruction takes what its arithmetic or its memory traffic takes at the
 chip's rates, whichever is more, times the trips of the loops that it stands
-in. Collectives are added as the schedule has them: the program waits for one,
-or goes on meanwhile. Nothing else is modelled: no latency, no inefficiency of
-a kernel, no overlap of instructions with each other.
+in. Collectives take the network one after another; where the schedule lets
+the program go on, it waits only for what is then left. Nothing else is
+modelled: no latency, no inefficiency of a kernel, no overlap of instructions
+with each other.
 """
 
 import collections
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 
 from moejax.plan import costs, kernels
 from moejax.plan.chips import Chip
-from moejax.plan.collectives import Collective, Fabric
+from moejax.plan.clock import Clock, Sent
+from moejax.plan.collectives import Fabric
 from moejax.plan.program import Computation, Instruction, Program
 
 _ASYNC_START = "async-collective-start"
@@ -40,18 +42,19 @@ class Traffic:
   """Collectives of one kind over the same axes, in a step.
 
   Attributes:
-    kind, axes, hidden: as a `Collective`'s.
+    kind, axes: as a `Collective`'s.
     runs: how many there are.
     bytes: that a device sends.
     seconds: that they take, one after another.
+    waits: of these, how long the program stands still.
   """
 
   kind: str
   axes: tuple[str, ...]
-  hidden: bool
   runs: int
   bytes: float
   seconds: float
+  waits: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Roofline:
     bytes: between HBM and the cores.
     compute: seconds of instructions that arithmetic bounds.
     memory: seconds of those that memory bounds.
-    waits: seconds for collectives during which the program stands still.
+    waits: seconds that the program stands still for collectives.
     hidden: seconds of collectives beside which it goes on.
     traffic: the collectives, the most bytes first.
     unknown: what was left out or counted once, in words.
@@ -85,8 +88,7 @@ class Roofline:
 
   @property
   def seconds(self) -> float:
-    """With it: what is hidden takes time where there is too much to hide."""
-    return self.waits + max(self.local, self.hidden)
+    return self.local + self.waits
 
 
 class Walk:
@@ -96,39 +98,55 @@ class Walk:
     """`rows` reach a device's experts if all experts get as many."""
     self._program, self._fabric, self._rows = program, fabric, rows
     self.work: list[Work] = []
-    self.collectives: list[tuple[int, Collective]] = []
+    self.collectives: list[Sent] = []
     self.unknown: collections.Counter[str] = collections.Counter()
     self._go(program.entry, 1)
 
-  def _go(self, name: str, runs: int) -> None:
-    where = self._program.computations[name]
+  def _go(self, name: str, runs: int) -> float:
+    """Seconds of one run of a computation."""
+    where, clock = self._program.computations[name], Clock()
     for op in where.instructions.values():
       if op.opcode == "while":
         trips = self._program.trips(op, where)
         if trips is None:
           self.unknown[f"a loop of unknown length, {_short(op.scope)}"] += 1
-        self._go(op.called("body"), runs * (1 if trips is None else trips))
+        trips = 1 if trips is None else trips
+        clock.now += trips * self._go(op.called("body"), runs * trips)
+      elif sending := list(self._sending(op, where)):
+        # What it reads and writes goes over the network meanwhile.
+        for x, inner in sending:
+          self._collect(x, inner, runs, clock, op.name)
+        if not _goes_on(op):
+          clock.wait(op.name)
+      elif op.opcode.endswith("-done") or op.name.startswith(_ASYNC_DONE):
+        clock.wait(_begun_by(op, where))
       elif op.opcode in _CALLS:
-        self._go(op.called(_CALLS[op.opcode]), runs)
+        clock.now += self._go(op.called(_CALLS[op.opcode]), runs)
       elif op.opcode == "conditional":
         self.unknown[f"a branch, {_short(op.scope)}"] += 1
       else:
-        self._count(op, where, runs)
+        clock.now += self._count(op, where, runs) / runs
+    return clock.end()
 
-  def _count(self, op: Instruction, where: Computation, runs: int) -> None:
+  def _sending(
+    self, op: Instruction, where: Computation
+  ) -> Iterator[tuple[Instruction, Computation]]:
+    """The collectives that an instruction is, or begins."""
     if costs.is_collective(op):
-      # What it reads and writes goes over the network meanwhile.
-      self._collect(op, where, runs, op.opcode.endswith("-start"))
-      return
-    within = list(_all_within(op, self._program))
-    if op.name.startswith(_ASYNC_START):
+      yield op, where
+    elif op.name.startswith(_ASYNC_START):
       # Carried on by the fusions that follow, beside their own work.
-      for x, inner in within:
+      within = _all_within(op, self._program)
+      yield from (x for x in within if costs.is_collective(x[0]))
+    elif op.opcode == "async-start":
+      inner = self._program.computations[op.called("calls")]
+      for x in inner.instructions.values():
         if costs.is_collective(x):
-          self._collect(x, inner, runs, True)
-      return
-    if op.name.startswith(_ASYNC_DONE):
-      return
+          yield x, inner
+
+  def _count(self, op: Instruction, where: Computation, runs: int) -> float:
+    """Notes its work; returns the seconds of all runs."""
+    within = list(_all_within(op, self._program))
     known = [
       self._kernel(x, inner)
       for x, inner in [(op, where), *within]
@@ -139,8 +157,10 @@ class Walk:
     if not traffic and op.opcode != "custom-call":
       flops = costs.flops(op, where, self._program)
       traffic = costs.traffic(op, where, self._program)
+    work = Work(op, runs, flops * runs, traffic * runs)
     if flops or traffic:
-      self.work.append(Work(op, runs, flops * runs, traffic * runs))
+      self.work.append(work)
+    return work.seconds(self._fabric.network.chip)
 
   def _kernel(self, op: Instruction, where: Computation) -> tuple[float, float]:
     cost = kernels.cost(op, where, self._rows)
@@ -149,13 +169,13 @@ class Walk:
     return cost or (0.0, 0.0)
 
   def _collect(
-    self, op: Instruction, where: Computation, runs: int, hidden: bool
-  ) -> None:
+    self, op: Instruction, where: Computation, runs: int, clock: Clock,
+    name: str,
+  ) -> None:  # fmt: skip
     shapes = [s for x in op.operands for s in where.instructions[x].shapes]
     found = self._fabric.measure(op, shapes, self._rows)
     if found:
-      found = dataclasses.replace(found, hidden=hidden)
-      self.collectives.append((runs, found))
+      self.collectives.append(clock.send(name, found, runs))
 
 
 def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
@@ -169,23 +189,40 @@ def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
   walk, chip = Walk(program, fabric, rows), fabric.network.chip
   by_arithmetic = lambda w: w.flops / chip.flops > w.bytes / chip.bandwidth
   total = lambda parts: sum(w.seconds(chip) for w in parts)
-  sums = collections.defaultdict(lambda: [0, 0.0, 0.0])
-  for runs, c in walk.collectives:
-    found = sums[c.kind, c.axes, c.hidden]
+  sums = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+  for sent in walk.collectives:
+    runs, c = sent.runs, sent.collective
+    found = sums[c.kind, c.axes]
     found[0] += runs
     found[1] += runs * c.bytes
     found[2] += runs * c.seconds
+    found[3] += sent.waits
   traffic = [Traffic(*key, *value) for key, value in sums.items()]
   return Roofline(
     flops=sum(w.flops for w in walk.work),
     bytes=sum(w.bytes for w in walk.work),
     compute=total(w for w in walk.work if by_arithmetic(w)),
     memory=total(w for w in walk.work if not by_arithmetic(w)),
-    waits=sum(t.seconds for t in traffic if not t.hidden),
-    hidden=sum(t.seconds for t in traffic if t.hidden),
+    waits=sum(t.waits for t in traffic),
+    hidden=sum(t.seconds - t.waits for t in traffic),
     traffic=tuple(sorted(traffic, key=lambda t: -t.bytes)),
     unknown=tuple(f"{n} x {what}" for what, n in walk.unknown.items()),
   )
+
+
+def _goes_on(op: Instruction) -> bool:
+  """Whether the program goes on while it runs."""
+  begins = op.opcode.endswith("-start") or op.name.startswith(_ASYNC_START)
+  return begins and '"is_sync":true' not in op.attributes
+
+
+def _begun_by(op: Instruction, where: Computation) -> str:
+  """The name of the instruction that began what another ends."""
+  if op.name.startswith(_ASYNC_DONE):
+    return op.name.replace(_ASYNC_DONE, _ASYNC_START)
+  while op.opcode.endswith(("-done", "-update")):
+    op = where.instructions[op.operands[0]]
+  return op.name
 
 
 def _all_within(

@@ -28,7 +28,8 @@ def plan(*args):
   "topology, message",
   [
     ("v7:2x2", "use KIND:SHAPE, such as v5e:4x4"),
-    ("v5p", "kinds are v4, v5e, v5p, v6e, tpu7x"),
+    ("v5p", "kinds are v4, v5e, v5p, v6e, tpu7x, a100, h100, h200, b200"),
+    ("h100:16", "such as v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8x8 (8 nodes of 8"),
   ],
 )
 def test_a_topology_that_is_none(topology, message):

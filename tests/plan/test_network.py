@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moejax.plan.chips import CHIPS, Network
+from moejax.plan.chips import CHIPS
 from moejax.plan.collectives import Fabric
+from moejax.plan.network import Torus
 from moejax.plan.program import Program
 from moejax.plan.roofline import Walk
 
@@ -19,7 +20,7 @@ SIZES = (("fsdp", 2), ("expert", 4))
 
 def torus(*sides, kind="TPU v5"):
   coords = tuple(tuple(map(int, c)) for c in np.ndindex(*sides))
-  return Network(CHIPS[kind], coords, sides, 1)
+  return Torus(CHIPS[kind], coords, sides, 1)
 
 
 def collectives(function, out_spec):
@@ -35,7 +36,8 @@ def collectives(function, out_spec):
   )
   text = jax.jit(local).lower(x).compile().as_text()
   fabric = Fabric(SIZES, torus(2, 4))
-  return [c for _, c in Walk(Program.parse(text), fabric, 0).collectives]
+  walk = Walk(Program.parse(text), fabric, 0)
+  return [sent.collective for sent in walk.collectives]
 
 
 PART = 8 * 8 * 4  # bytes of a device's part
@@ -120,5 +122,6 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
 }}
 """
   fabric = Fabric(SIZES, torus(2, 4))
-  ((_, found),) = Walk(Program.parse(text), fabric, 0).collectives
+  (sent,) = Walk(Program.parse(text), fabric, 0).collectives
+  found = sent.collective
   assert found.axes == axes

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.plan import costs
-from moejax.plan.chips import CHIPS, Network
+from moejax.plan.chips import CHIPS
 from moejax.plan.collectives import Fabric
+from moejax.plan.network import Torus
 from moejax.plan.program import Program, shapes
 from moejax.plan.roofline import Walk, measure
 
-ONE = Network(CHIPS["TPU v5"], ((0, 0, 0),), (1, 1, 1), 1)
+ONE = Torus(CHIPS["TPU v5"], ((0, 0, 0),), (1, 1, 1), 1)
 
 
 def compiled(function, *sizes):

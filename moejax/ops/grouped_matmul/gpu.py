@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped matmul on a GPU: tokamax's kernels, else `lax.ragged_dot`.
 
-Never run on a GPU by us: lowered for CUDA without tokamax, which asks for a
-device even to lower.
+Never run on a GPU by us; the Triton kernels are compiled for named cards, with
+no card here, by `moejax plan`.
 """
 
+import contextlib
 import functools
+import logging
+import types
 import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -76,18 +80,17 @@ def slow() -> str | None:
 def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
   x, y = (v.astype(jnp.promote_types(x.dtype, y.dtype)) for v in (x, y))
   if not slow():
-    import tokamax
-
     try:
-      # By name: left to itself, tokamax goes over to XLA without a word.
-      return tokamax.ragged_dot_general(
-        x,
-        y,
-        group_sizes_E,
-        dimensions,
-        preferred_element_type=dtype,
-        implementation=("mosaic", "triton"),
-      )
+      with _tokamax() as tokamax:
+        # By name: left to itself, tokamax goes over to XLA without a word.
+        return tokamax.ragged_dot_general(
+          x,
+          y,
+          group_sizes_E,
+          dimensions,
+          preferred_element_type=dtype,
+          implementation=("mosaic", "triton"),
+        )
     except (NotImplementedError, ExceptionGroup) as e:
       reasons = "; ".join(map(str, getattr(e, "exceptions", [e])))
       warnings.warn(
@@ -98,6 +101,27 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
   return jax.lax.ragged_dot_general(
     x, y, group_sizes_E, dimensions, preferred_element_type=jnp.float32
   ).astype(dtype)
+
+
+@contextlib.contextmanager
+def _tokamax() -> Iterator[types.ModuleType]:
+  """tokamax, told whether the GPU is here."""
+  import tokamax
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():  # it would take our command line for its own
+    flags.FLAGS.mark_as_parsed()
+  if jax.default_backend() == "gpu":
+    yield tokamax
+    return
+  log = logging.getLogger("absl")
+  level = log.level
+  log.setLevel(logging.ERROR)  # that nothing is tuned for a CPU
+  try:
+    with tokamax.config.cross_compile(True):
+      yield tokamax
+  finally:
+    log.setLevel(level)
 
 
 def _zero_beyond(x, group_sizes_E):
