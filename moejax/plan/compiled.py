@@ -14,7 +14,7 @@ from moejax.parallel import build_on_mesh, make_mesh
 from moejax.plan import roofline
 from moejax.plan.collectives import Fabric
 from moejax.plan.network import Network, network_of
-from moejax.plan.program import Program
+from moejax.plan.program import Instruction, Program
 from moejax.plan.roofline import Roofline
 from moejax.plan.topology import devices_of, platform_of
 from moejax.progress import format_bytes
@@ -161,11 +161,21 @@ def _memory(total: int, state, program: Program) -> Memory:
   kept, gradients = 0, 0
   main = program.computations[program.entry]
   for op in main.instructions.values():
-    if op.opcode == "while" and "_scan/while" in op.scope:
-      if "transpose(" in op.scope:
+    if op.opcode != "while":
+      continue
+    scope = _scope_of_loop(op, program)
+    if "_scan/while" in scope:
+      if "transpose(" in scope:
         gradients += program.stacked_bytes(op)
       else:
         kept += program.stacked_bytes(op)
   return Memory(
     weights, device_bytes(state) - weights, int(gradients), int(kept), total
   )
+
+
+def _scope_of_loop(loop: Instruction, program: Program) -> str:
+  """Its own, or one of its body's: a compiler that pipelines loops drops it."""
+  body = program.computations[loop.called("body")]
+  scopes = [loop.scope, *(x.scope for x in body.instructions.values())]
+  return next((s for s in scopes if "_scan/while" in s), "")
