@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moejax.errors import ConfigError
 from moejax.models.placement import Axes, OneDevice, Partial
 from moejax.parallel import batches, expert_parallel, rules
+from moejax.parallel.gather import gather
 from moejax.routing import Routing
 
 Array = jax.Array
@@ -84,10 +85,8 @@ class OnMesh(OneDevice):
       extra = rules.mesh_axes(kept)[len(rules.mesh_axes(wanted)) :]
       extra = tuple(m for m in extra if self.mesh.shape[m] > 1)
       if extra:
-        gather = functools.partial(
-          jax.lax.all_gather, axis_name=extra, axis=dim, tiled=True
-        )
-        part = jax.tree.map(gather, part)
+        whole = functools.partial(gather, mesh=self.mesh, axes=extra, dim=dim)
+        part = jax.tree.map(whole, part)
     return part
 
   def _leave(self, axes: Axes | Partial, part: Any) -> Any:
