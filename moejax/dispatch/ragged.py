@@ -76,13 +76,14 @@ def return_rows(
 
   Rows of assignments that go nowhere count as zeros, whatever they hold.
   """
-  y_AD = permute(y_AD, sorting.place_A, sorting.order_A)
   somewhere_A = routing.expert_A < routing.num_experts
+  X = routing.experts_per_token
+  if combine and X:
+    return sum_by_token(y_AD, sorting.order_A, sorting.place_A, somewhere_A, X)
+  y_AD = permute(y_AD, sorting.place_A, sorting.order_A)
   y_AD = jnp.where(somewhere_A[:, None], y_AD, 0)
   if not combine:
     return y_AD
-  if X := routing.experts_per_token:
-    return y_AD.reshape(T, X, -1).sum(1)
   y_TD = jnp.zeros((T, y_AD.shape[-1]), y_AD.dtype)
   return y_TD.at[routing.token_A].add(y_AD)
 
@@ -151,8 +152,42 @@ def _gather_fwd(X, x_TD, order_A, place_A):
 
 
 def _gather_bwd(X, place_A, dh_AD):
-  dh_TXD = dh_AD[place_A].reshape(-1, X, dh_AD.shape[-1])
-  return dh_TXD.sum(1), None, None
+  return dh_AD[_by_choice(place_A, X)].sum(0), None, None
 
 
 _gather_sorted.defvjp(_gather_fwd, _gather_bwd)
+
+
+def sum_by_token(
+  y_AD: Array, order_A: Array, place_A: Array, somewhere_A: Array, X: int
+) -> Array:
+  """The sum of each token's X rows, without those that go nowhere.
+
+  Gradients of rows that go nowhere are of no meaning: no expert has them.
+  """
+  return _sum_by_token(X, y_AD, order_A, place_A, somewhere_A)
+
+
+def _sum(X, y_AD, order_A, place_A, somewhere_A):
+  del order_A
+  y_XTD = y_AD[_by_choice(place_A, X)]
+  return jnp.where(_by_choice(somewhere_A, X)[..., None], y_XTD, 0).sum(0)
+
+
+_sum_by_token = jax.custom_vjp(_sum, nondiff_argnums=(0,))
+
+
+def _sum_fwd(X, y_AD, order_A, place_A, somewhere_A):
+  return _sum(X, y_AD, order_A, place_A, somewhere_A), order_A
+
+
+def _sum_bwd(X, order_A, dy_TD):
+  return dy_TD[order_A // X], None, None, None
+
+
+_sum_by_token.defvjp(_sum_fwd, _sum_bwd)
+
+
+def _by_choice(x_A: Array, X: int) -> Array:
+  """`[X, T]`: a TPU would copy all rows to bring X next to last."""
+  return x_A.reshape(-1, X).T

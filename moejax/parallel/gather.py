@@ -10,16 +10,18 @@ from jax.sharding import Mesh
 Array = jax.Array
 Groups = tuple[tuple[int, ...], ...]
 
-# libtpu 0.0.42 gathers along two sides of the torus at most; a gather along
-# three becomes a sum of arrays that are zero but for each device's part, and a
-# scattered sum becomes a whole one: twice the bytes, and the memory of all.
+# libtpu 0.0.42 gathers along two sides of the torus at most: of three, it makes
+# a sum of arrays that are zero but for each device's part, twice the bytes and
+# a pass over all. A scattered sum becomes a whole one in the same way, but that
+# runs beside other work and a scattered one does not, so gradients are left as
+# they are.
 _SIDES = 2
 
 
 def gather(part: Array, mesh: Mesh, axes: tuple[str, ...], dim: int) -> Array:
   """The whole of which each device along `axes` has a part; in `shard_map`.
 
-  Gradients are added up and scattered the same way back.
+  Gradients are added up, and scattered, in one stage.
 
   Args:
     part: this device's.
@@ -28,11 +30,31 @@ def gather(part: Array, mesh: Mesh, axes: tuple[str, ...], dim: int) -> Array:
     dim: of the array, that is split.
   """
   for axis in reversed(axes):
-    for groups in stages(mesh, axis):
-      part = jax.lax.all_gather(
-        part, axis, axis=dim, tiled=True, axis_index_groups=groups
-      )
+    part = _gather(axis, dim, stages(mesh, axis), part)
   return part
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _gather(axis, dim, groups_of_stages, part):
+  for groups in groups_of_stages:
+    part = jax.lax.all_gather(
+      part, axis, axis=dim, tiled=True, axis_index_groups=groups
+    )
+  return part
+
+
+def _forward(axis, dim, groups_of_stages, part):
+  return _gather(axis, dim, groups_of_stages, part), None
+
+
+def _backward(axis, dim, groups_of_stages, _, d_whole):
+  del groups_of_stages
+  return (
+    jax.lax.psum_scatter(d_whole, axis, scatter_dimension=dim, tiled=True),
+  )
+
+
+_gather.defvjp(_forward, _backward)
 
 
 @functools.lru_cache
