@@ -85,10 +85,12 @@ def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
   everywhere = NamedSharding(mesh, PartitionSpec())
   state = jax.eval_shape(lambda: init_state(config, model))
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  # Moments lie where their parameters lie.
+  # Moments are split over copies of the parameters too (Rajbhandari et al.
+  # 2020, "ZeRO", stage 1): no layer needs them whole.
+  moments = parallel.shardings(mesh, boxed_variables(model), ("data",))
   opt_state = optax.tree_map_params(
     optimizer, lambda _, sharding: sharding, state.opt_state,
-    variables["params"], transform_non_params=lambda _: everywhere,
+    moments["params"], transform_non_params=lambda _: everywhere,
   )  # fmt: skip
   router_state = jax.tree.map(lambda _: everywhere, state.router_state)
   return TrainState(

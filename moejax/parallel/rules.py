@@ -61,13 +61,14 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def shardings(mesh: Mesh, boxed: Any) -> Any:
+def shardings(mesh: Mesh, boxed: Any, beyond: tuple[str, ...] = ()) -> Any:
   """How each leaf of a state lies on the mesh while it is stored.
 
   Args:
     mesh: the devices.
     boxed: a tree of `ShapeDtypeStruct`s, parameters and what follows them in
       Flax's boxes of logical axes; leaves without a box are replicated.
+    beyond: mesh axes that split a leaf further, where they divide it.
 
   Raises:
     ConfigError: a parameter's dimension does not divide.
@@ -78,7 +79,7 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
   def of_leaf(path, shape, spec):
     spec = stored(spec)
     _check(jax.tree_util.keystr(path, simple=True, separator="/"), shape, spec)
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, _split_further(mesh, shape.shape, spec, beyond))
 
   def _check(name: str, leaf: Any, spec: PartitionSpec) -> None:
     for size, entry in zip(leaf.shape, spec):
@@ -92,6 +93,23 @@ def shardings(mesh: Mesh, boxed: Any) -> Any:
         )
 
   return jax.tree_util.tree_map_with_path(of_leaf, shapes, specs)
+
+
+def _split_further(
+  mesh: Mesh, shape: tuple[int, ...], spec: PartitionSpec,
+  beyond: tuple[str, ...],
+) -> PartitionSpec:  # fmt: skip
+  """A spec with `beyond` at the largest dimension that divides by it."""
+  entries = [mesh_axes(e) for e in spec]
+  entries += [()] * (len(shape) - len(entries))
+  ways = lambda axes: math.prod(mesh.shape[a] for a in axes)
+  # The last one comes last: a TPU pads it to 128.
+  last = len(shape) - 1
+  for dim in sorted(range(last + 1), key=lambda d: (d == last, -shape[d])):
+    if shape[dim] % ways(entries[dim] + beyond) == 0:
+      entries[dim] += beyond
+      break
+  return PartitionSpec(*map(_entry, entries))
 
 
 def _entry(axes: tuple[str, ...]) -> tuple[str, ...] | None:

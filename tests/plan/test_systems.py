@@ -51,9 +51,15 @@ def test_steps_keep_what_makes_them_fit(name):
   config = shortened(config)
   compiled, mesh, state = compile_for(config, topology)
   program = Program.parse(compiled.as_text())
-  # The state is split over all devices of each copy that `data` asks for.
-  whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-  assert device_bytes(state) < 1.1 * whole / (mesh.size / mesh.shape["data"])
+  # Parameters are split over all devices of each copy that `data` asks for,
+  # the optimizer's state over those too.
+  whole = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
+  each = mesh.size / mesh.shape["data"]
+  assert device_bytes(state.params) < 1.1 * whole(state.params) / each
+  moments = state.opt_state
+  assert device_bytes(moments) < 1.1 * whole(moments) / mesh.size
   # It is given away to the next state.
   given = compiled.memory_analysis().alias_size_in_bytes
   assert given > 0.99 * device_bytes(state)
