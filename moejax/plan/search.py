@@ -3,7 +3,8 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 
 from moejax.config import Config, ParallelConfig
 from moejax.errors import ConfigError
@@ -14,15 +15,19 @@ from moejax.plan.topology import devices_of
 
 REMATS = ("full", "exchange", "experts", "dots", "none")
 _BEST = 2  # meshes for which other remat policies are tried
+_GIVE_UP = 2  # sizes of an axis in a row that were slower than the best
+_COPIES = (2, 4, 8, 16, 32)
 
 
 def search(
   config: Config, topology: str, fresh: bool = False
 ) -> list[tuple[Config, Plan]]:
-  """Plans of all meshes worth a try, the fastest first; prints as it goes.
+  """Plans of the meshes worth a try, the fastest first; prints as it goes.
 
-  First every mesh with full remat, which takes least memory; then, for the
-  fastest of them, the policies that compute less again.
+  With full remat, which takes least memory: first more and more of the devices
+  on `expert`, the others on `fsdp`; then copies of the best (`data`), which
+  gather from fewer devices. Each until it gets slower. Then, for the fastest,
+  the policies that compute less again.
 
   Args:
     config: its `parallel` sizes and `model.remat` are varied, all else stays.
@@ -39,21 +44,34 @@ def search(
       f"no mesh of {size} devices divides batch_size="
       f"{config.train.batch_size} and the model; use another batch size"
     )
-  print(f"{len(meshes)} meshes, a minute or more each", flush=True)
+  print(f"{len(meshes)} meshes or more, a minute or more each", flush=True)
   print(HEADER, flush=True)
 
-  def attempt(candidate: Config) -> None:
+  def attempt(candidate: Config) -> float:
+    """Seconds of a step; infinite if it does not fit."""
     try:
       made = cached_plan(candidate, topology, fresh)
     except DoesNotFit as e:
       line = f"{mesh_name(candidate):34} {candidate.model.remat:10} "
       print(line + "does not fit: " + _sizes(str(e)), flush=True)
-      return
+      return math.inf
     found.append((candidate, made))
     print(summary(candidate, made), flush=True)
+    return made.roofline.seconds
 
-  for parallel in meshes:
-    attempt(_with(config, parallel, "full"))
+  def climb(meshes: Iterable[ParallelConfig], to_beat: float) -> None:
+    worse = 0
+    for parallel in meshes:
+      seconds = attempt(_with(config, parallel, "full"))
+      worse = 0 if seconds < to_beat else worse + 1
+      to_beat = min(to_beat, seconds)
+      if math.isfinite(to_beat) and worse == _GIVE_UP:
+        return
+
+  climb(meshes, math.inf)
+  if found:
+    fastest = min(found, key=_seconds)
+    climb(_copies(config, fastest[0].parallel), _seconds(fastest))
   best = sorted(found, key=_seconds)[:_BEST]
   for (candidate, _), remat in itertools.product(best, REMATS[1:]):
     attempt(_with(config, candidate.parallel, remat))
@@ -79,6 +97,19 @@ def candidates(config: Config, size: int) -> Iterator[ParallelConfig]:
       parallel = dataclasses.replace(config.parallel, **sizes)
       if _allowed(config, parallel):
         yield parallel
+
+
+def _copies(
+  config: Config, parallel: ParallelConfig
+) -> Iterator[ParallelConfig]:
+  """The same with more and more copies of the parameters."""
+  for data in _COPIES:
+    if parallel.fsdp % data == 0 and parallel.fsdp > data:
+      split = dataclasses.replace(
+        parallel, data=data, fsdp=parallel.fsdp // data
+      )
+      if _allowed(config, split):
+        yield split
 
 
 def _allowed(config: Config, parallel: ParallelConfig) -> bool:

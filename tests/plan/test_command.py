@@ -121,8 +121,11 @@ def test_a_search_ranks_what_fits(libtpu, own_cache):
   done = small_plan("--search", "--config.model.moe.num_experts=5")
   assert done.returncode == 0, done.stderr
   rows = [x for x in done.stdout.splitlines() if re.search(r"\d%", x)]
-  meshes = {x[:34].strip() for x in rows if x.startswith(("fsdp", "expert"))}
-  assert meshes == {"fsdp 4"}  # five experts divide by nothing
+  meshes = {
+    x[:34].strip() for x in rows if x.startswith(("fsdp", "expert", "data"))
+  }
+  # Five experts divide by nothing.
+  assert meshes == {"fsdp 4", "data 2, fsdp 2"}
   remats = {x[34:].split()[0] for x in rows if x[:34].strip() in meshes}
   assert remats == {"full", "exchange", "experts", "dots", "none"}
   best = done.stdout.partition("the fastest that fits:")[2]
