@@ -198,7 +198,11 @@ def test_gpu_with_tokamax(supported, monkeypatch):
       x, y, sizes, dims, preferred_element_type=preferred_element_type
     )
 
-  fake = types.SimpleNamespace(ragged_dot_general=ragged_dot_general)
+  # The real one is lowered and compiled in tests/plan/test_gpus.py.
+  config = types.SimpleNamespace(cross_compile=contextlib.nullcontext)
+  fake = types.SimpleNamespace(
+    ragged_dot_general=ragged_dot_general, config=config
+  )
   monkeypatch.setitem(sys.modules, "tokamax", fake)
   monkeypatch.setattr(gpu, "slow", lambda: None)
   x, w, sizes, _ = inputs("uneven")
