@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
 def _parse(argv: list[str]):
   parser = argparse.ArgumentParser(
     "moejax plan",
-    description="Compile a config's training step for a TPU pod, without one, "
-    "and say what each chip needs and how fast a step can be. Takes a minute "
-    "or more; the same question again is answered from a cache.",
+    description="Compile a config's training step for a pod of TPUs or GPUs, "
+    "without one, and say what each chip needs and how fast a step can be. "
+    "Takes a minute or more; the same question again is answered from a cache.",
   )
   cli.add_config_arguments(parser)
   parser.add_argument(

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan in words and numbers."""
 
+import math
+
 from moejax.config import Config, ParallelConfig
 from moejax.plan.compiled import Plan, rows_at_once
 from moejax.progress import format_bytes
+
+
+_RESERVED = 0.75  # of a GPU's memory, by JAX, unless it is told
 
 
 def describe(config: Config, plan: Plan, price: float | None = None) -> str:
@@ -74,14 +79,22 @@ def _memory(config: Config, plan: Plan):
     ("temporary", memory.temporary),
   ):
     yield name, format_bytes(size)
-  chip = plan.network.chip
-  limit = f" of {format_bytes(chip.memory)}: fits" if chip.memory else ""
-  yield (
-    "a device needs",
-    format_bytes(memory.total) + limit,
-  )  # else it was refused
+  yield "a device needs", format_bytes(memory.total) + _limit(plan)
   if config.parallel.expert > 1:
     yield "room for rows", _room(config)
+
+
+def _limit(plan: Plan) -> str:
+  """What there is; a step that needs more was refused."""
+  chip = plan.network.chip
+  if not chip.memory:
+    return ""
+  fits = f" of {format_bytes(chip.memory)}: fits"
+  share = plan.memory.total / chip.memory
+  if chip.nic and share > _RESERVED:
+    share = min(math.ceil(share * 100) / 100 + 0.02, 0.99)
+    fits += f", with XLA_PYTHON_CLIENT_MEM_FRACTION={share:.2f} or more"
+  return fits
 
 
 def _room(config: Config) -> str:
