@@ -152,8 +152,11 @@ def format_bytes(number: float) -> str:
   """1610612736 as `1.50 GiB`."""
   for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
     if number >= size:
-      return f"{number / size:.3g} {unit}"
-  return f"{number / 2**10:.3g} KiB"
+      break
+  else:
+    size, unit = 2**10, "KiB"
+  number /= size
+  return f"{number:.0f} {unit}" if number >= 999.5 else f"{number:.3g} {unit}"
 
 
 def format_seconds(seconds: float) -> str:

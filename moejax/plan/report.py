@@ -7,7 +7,6 @@ from moejax.config import Config, ParallelConfig
 from moejax.plan.compiled import Plan, rows_at_once
 from moejax.progress import format_bytes
 
-
 _RESERVED = 0.75  # of a GPU's memory, by JAX, unless it is told
 
 
@@ -28,7 +27,7 @@ def describe(config: Config, plan: Plan, price: float | None = None) -> str:
     *_bill(config, plan, price),
     ("compiled in", f"{plan.compiled_in:.0f} s"),
   ]
-  return "\n".join(f"{name:21}{text}".rstrip() for name, text in rows)
+  return "\n".join(f"{name:20} {text}".rstrip() for name, text in rows)
 
 
 def summary(config: Config, plan: Plan) -> str:
