@@ -16,6 +16,10 @@ from moejax.plan.gpu_targets import target_config
 
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:8x8, h100:8x8"
 _GPU_COMPILERS = ("jax-cuda13-pjrt", "jax-cuda12-pjrt")
+_EXTRAS = {
+  "tpu": ("TPUs", "plan", ""),
+  "gpu": ("GPUs", "plan-gpu", " (Python 3.11: its pins have the jax for it)"),
+}
 _NODES = re.compile(r"[1-9]\d*x[1-8]")
 
 
@@ -35,10 +39,10 @@ def compiler_of(topology: str) -> str:
   for package in packages:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       return f"{package} {importlib.metadata.version(package)}"
-  what, extra = ("GPUs", "plan-gpu") if kind in GPU_KINDS else ("TPUs", "plan")
+  what, extra, where = _EXTRAS["gpu" if kind in GPU_KINDS else "tpu"]
   raise UserError(
     f"planning for {what} needs their compiler: pip install -c "
-    f"constraints.txt -e '.[{extra}]'"
+    f"constraints.txt -e '.[{extra}]'{where}"
   )
 
 

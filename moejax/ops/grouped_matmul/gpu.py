@@ -81,7 +81,7 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
   x, y = (v.astype(jnp.promote_types(x.dtype, y.dtype)) for v in (x, y))
   if not slow():
     try:
-      with _tokamax() as tokamax:
+      with _tokamax() as (tokamax, implementation):
         # By name: left to itself, tokamax goes over to XLA without a word.
         return tokamax.ragged_dot_general(
           x,
@@ -89,9 +89,10 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
           group_sizes_E,
           dimensions,
           preferred_element_type=dtype,
-          implementation=("mosaic", "triton"),
+          implementation=implementation,
         )
-    except (NotImplementedError, ExceptionGroup) as e:
+    # ValueError: one that this version has not, or not without jax-triton.
+    except (NotImplementedError, ValueError, ExceptionGroup) as e:
       reasons = "; ".join(map(str, getattr(e, "exceptions", [e])))
       warnings.warn(
         f"grouped_matmul: tokamax has no kernel for {x.dtype} {x.shape} x "
@@ -104,22 +105,23 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
 
 
 @contextlib.contextmanager
-def _tokamax() -> Iterator[types.ModuleType]:
-  """tokamax, told whether the GPU is here."""
+def _tokamax() -> Iterator[tuple[types.ModuleType, tuple[str, ...]]]:
+  """tokamax, told whether the GPU is here, and the kernels to try in turn."""
   import tokamax
   from absl import flags
 
   if not flags.FLAGS.is_parsed():  # it would take our command line for its own
     flags.FLAGS.mark_as_parsed()
   if jax.default_backend() == "gpu":
-    yield tokamax
+    yield tokamax, ("mosaic", "triton")
     return
   log = logging.getLogger("absl")
   level = log.level
   log.setLevel(logging.ERROR)  # that nothing is tuned for a CPU
   try:
+    # Its Mosaic kernels ask the card that is here for its number of cores.
     with tokamax.config.cross_compile(True):
-      yield tokamax
+      yield tokamax, ("triton",)
   finally:
     log.setLevel(level)
 
