@@ -149,14 +149,13 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-  """1610612736 as `1.50 GiB`."""
-  for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-    if number >= size:
-      break
-  else:
-    size, unit = 2**10, "KiB"
-  number /= size
-  return f"{number:.0f} {unit}" if number >= 999.5 else f"{number:.3g} {unit}"
+  """1610612736 as `1.5 GiB`: three digits."""
+  number /= 2**10
+  for unit in ("KiB", "MiB", "GiB"):
+    if number < 999.5:
+      return f"{number:.3g} {unit}"
+    number /= 2**10
+  return f"{number:.3g} TiB"
 
 
 def format_seconds(seconds: float) -> str:

@@ -239,3 +239,17 @@ def test_counts_have_three_digits(number, text):
 )  # fmt: skip
 def test_durations_have_two_units(seconds, text):
   assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+  "number, text",
+  [
+    (512, "0.5 KiB"),
+    (999.4 * 2**20, "999 MiB"),
+    (1020 * 2**20, "0.996 GiB"),  # not 1.02e+03 MiB
+    (1.5 * 2**30, "1.5 GiB"),
+    (3 * 2**40, "3 TiB"),
+  ],
+)
+def test_bytes_have_three_digits(number, text):
+  assert progress.format_bytes(number) == text
