@@ -10,8 +10,7 @@ Published: 256 H100, about 10 days for 5.03 T tokens, 23,600 tokens/s a GPU
 A pod for it; what it gives is in docs/pods.md:
 
   moejax plan --config=configs/olmoe_1b_7b.py --topology=v5p:4x8x8 \
-    --config.parallel.data=4 --config.parallel.fsdp=64 \
-    --config.model.remat=dots
+    --config.parallel.fsdp=256 --config.model.remat=dots
 
 64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
 heads at once; no shared expert. Main phase of the recipe: cosine to a tenth

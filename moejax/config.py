@@ -590,8 +590,9 @@ class ParallelConfig:
   )
   overlap: bool = option(
     True,
-    "ask a TPU's compiler to run collectives beside other work; false leaves "
-    "it at its defaults",
+    "ask a TPU's or GPU's compiler to run collectives beside other work; false "
+    "leaves it at its defaults, for steps on which libtpu aborts (known of few "
+    "tokens a chip)",
   )
 
   AXES = ("data", "fsdp", "expert", "tensor", "sequence")

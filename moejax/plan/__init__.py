@@ -12,6 +12,7 @@ all.
   chips       their rates; network: their links; gpu_targets: for the compiler
   collectives what goes over the links; clock: how long is waited for it
   roofline    the walk
+  apart       a process of its own, for compilers that abort
   search      meshes and remat policies, by compiling each
 """
 

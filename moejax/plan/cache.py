@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config
+from moejax.plan.apart import Crashed, run_apart
 from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
 from moejax.plan.roofline import Roofline, Traffic
 from moejax.plan.topology import compiler_of
@@ -31,10 +32,15 @@ def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
       raise DoesNotFit(found["refused"])
     return _from_json(found)
   try:
-    made = plan(config, topology)
+    made = run_apart(plan, config, topology)
   except DoesNotFit as e:
     _write(path, {"refused": str(e)})
     raise
+  except Crashed:
+    raise DoesNotFit(
+      f"the compiler for {topology} aborts on this step; "
+      "config.parallel.overlap=false asks less of it"
+    ) from None
   _write(path, dataclasses.asdict(made))
   return made
 

@@ -10,6 +10,7 @@ import pytest
 
 from moejax import cli
 from moejax.memory import device_bytes
+from moejax.plan import plan
 from moejax.plan.compiled import compile_for, rows_at_once
 from moejax.plan.kernels import cost
 from moejax.plan.program import Program
@@ -81,3 +82,49 @@ def test_steps_keep_what_makes_them_fit(name):
     for shape in op.shapes:
       if shape.dtype == "f32" and vocab in shape.dims:
         assert shape.size < tokens // 2 * vocab, op.name
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["v5p:2x2x1", "v6e:2x2"])
+def test_expert_products_are_not_dense(kind):
+  """lax.ragged_dot is a product with all experts on all TPUs but v5p."""
+  options = ["parallel.data=1", "parallel.fsdp=4", "train.batch_size=4"]
+  options += ["parallel.overlap=false"]  # libtpu aborts on so few tokens
+  config = cli.parse_config(
+    str(ROOT / "configs/olmoe_1b_7b.py"),
+    [f"--config.{x}" for x in (*options, "model.remat=dots")],
+  )
+  config = shortened(config, repeats=2)
+  made = plan(config, kind)
+  assert not made.roofline.unknown
+  # 64 experts, 8 of them chosen: dense products would be 8 times as much.
+  assert made.roofline.flops < 1.1 * made.flops / made.devices
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [8, 32])
+def test_rows_travel_four_times(experts):
+  """To the experts and back, forward and backward, k rows a token."""
+  axes = ["parallel.data=1", "parallel.expert=8", "parallel.receive_factor=2.0"]
+  axes += ["parallel.overlap=false"]
+  config = cli.parse_config(
+    str(ROOT / "configs/olmoe_1b_7b.py"),
+    [
+      f"--config.{x}"
+      for x in (
+        *axes, "train.batch_size=8", "model.remat=exchange",
+        f"model.moe.num_experts={experts}",
+      )
+    ],
+  )  # fmt: skip
+  config = shortened(config, repeats=2)
+  made = plan(config, "v5p:2x2x2")
+  rows = [t for t in made.roofline.traffic if t.kind == "ragged-all-to-all"]
+  assert {t.axes for t in rows} == {("expert",)}
+  moe, layers = config.model.moe, config.model.num_layers
+  tokens = config.train.batch_size * config.data.seq_len // 8
+  least = 4 * layers * tokens * moe.experts_per_token * config.model.d_model * 2
+  # A device keeps an eighth of the rows.
+  assert sum(t.bytes for t in rows) < 1.1 * least * 7 / 8
