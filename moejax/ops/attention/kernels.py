@@ -14,6 +14,7 @@ from moejax.ops.residuals import ATTENTION
 Array = jax.Array
 
 _SPLASH_BLOCKS = (512, 256, 128)
+_SPLASH_HEADS = 64  # head sizes are padded to a multiple
 
 
 def unsupported(
@@ -23,8 +24,6 @@ def unsupported(
   if kernel == "splash":
     if seq_len % _SPLASH_BLOCKS[-1]:
       return f"splash needs rows of a multiple of 128, not {seq_len}"
-    if head_dim % 64:
-      return f"splash needs heads of a multiple of 64, not {head_dim}"
     return None
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return f"cudnn needs bfloat16, not {jnp.dtype(dtype).name}"
@@ -54,6 +53,10 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
   T, N, H = q_BTNH.shape[1:]
+  scaled = q_BTNH * H**-0.5
+  # Zeros add nothing to a score, and the zeros that they give are cut off.
+  more = ((0, 0),) * 3 + ((0, -H % _SPLASH_HEADS),)
+  q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, more) for x in (scaled, k_BSKH, v_BSKH))
   block = next(b for b in _SPLASH_BLOCKS if T % b == 0)
   mask = lib.MultiHeadMask([lib.CausalMask((T, T))] * N)
   # The backward kernel writes a part of d_q for each of its blocks of keys.
@@ -69,13 +72,12 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
   )  # fmt: skip
 
   def one_row(q_TNH, k_SKH, v_SKH, segments_T):
-    q_NTH, k_KSH, v_KSH = (
-      x.transpose(1, 0, 2) for x in (q_TNH * H**-0.5, k_SKH, v_SKH)
-    )
+    q_NTH, k_KSH, v_KSH = (x.transpose(1, 0, 2) for x in (q_TNH, k_SKH, v_SKH))
     out_NTH = kernel(
       q_NTH, k_KSH, v_KSH, lib.SegmentIds(segments_T, segments_T)
     )
     return out_NTH.transpose(1, 0, 2)
 
   out_BTNH = jax.vmap(one_row)(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-  return _zero_padding(out_BTNH.astype(q_BTNH.dtype), segments_BT)
+  out_BTNH = out_BTNH[..., :H].astype(q_BTNH.dtype)
+  return _zero_padding(out_BTNH, segments_BT)
