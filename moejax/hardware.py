@@ -2,7 +2,7 @@
 """What a machine can do, and how its memory is made to serve."""
 
 import ctypes
-import importlib.util
+import glob
 import os
 
 import jax
@@ -37,10 +37,10 @@ def keep_freed_memory() -> bool:
   JAX starts its threads.
 
   Returns:
-    Whether it was set: not where an accelerator's plugin is installed, nor
-    where the C library is not glibc.
+    Whether it was set: not where there is an accelerator, nor where the C
+    library is not glibc.
   """
-  if any(importlib.util.find_spec(name) for name in _PLUGINS):
+  if any(glob.glob(pattern) for pattern in _ACCELERATORS):
     return False
   libc = ctypes.CDLL(None)
   if not hasattr(libc, "mallopt"):
@@ -76,11 +76,12 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 # With one of these, the host only feeds a device.
-_PLUGINS = (
-  "libtpu",
-  "jax_cuda12_plugin",
-  "jax_cuda13_plugin",
-  "jax_rocm7_plugin",
+# As their drivers name them: a plugin may be here to plan for others' chips.
+_ACCELERATORS = (
+  "/dev/accel*",
+  "/dev/kfd",
+  "/dev/nvidia[0-9]*",
+  "/dev/vfio/[0-9]*",
 )
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
