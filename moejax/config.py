@@ -588,19 +588,21 @@ class ParallelConfig:
     "0: for all that could come. Rows beyond it are dropped and counted in "
     "router/dropped",
   )
-  overlap: bool = option(
-    True,
-    "ask a TPU's or GPU's compiler to run collectives beside other work; false "
-    "leaves it at its defaults, for steps on which libtpu aborts (known of few "
-    "tokens a chip)",
+  overlap: str = option(
+    "kernels",
+    "what collectives run beside, as asked of a TPU's or GPU's compiler: "
+    "kernels and all else; other (not kernels, with which libtpu 0.0.42 aborts "
+    "on some steps); none (the compiler's defaults)",
   )
 
   AXES = ("data", "fsdp", "expert", "tensor", "sequence")
   EXCHANGES = ("auto", "all_to_all", "all_gather")
+  OVERLAPS = ("kernels", "other", "none")
 
   def __post_init__(self):
     require_positive("parallel", self, *self.AXES)
     require_choice("parallel.exchange", self.exchange, self.EXCHANGES)
+    require_choice("parallel.overlap", self.overlap, self.OVERLAPS)
     require(
       self.receive_factor == 0 or self.receive_factor >= 1,
       f"parallel.receive_factor={self.receive_factor} must be 0 or at least 1",

@@ -44,9 +44,9 @@ def compile_for_platform(
 ) -> jax.stages.Compiled:
   """The compiled step; its devices need not be here."""
   lowered = lower_step(config, model, state)
-  if config.parallel.num_devices == 1 or not config.parallel.overlap:
+  if config.parallel.num_devices == 1:
     return lowered.compile()
-  return compile_overlapped(lowered, platform)
+  return compile_overlapped(lowered, platform, config.parallel.overlap)
 
 
 def peak_bytes(compiled: Any, platform: str) -> int:

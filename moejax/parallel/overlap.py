@@ -42,17 +42,30 @@ TPU_OPTIONS = dict.fromkeys(
 # The GPU compiler overlaps by itself, but not in every program (not in that of
 # Hunyuan-Large with experts apart).
 GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
-_OPTIONS = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS, "cpu": {}}
+_OPTIONS = {"tpu": TPU_OPTIONS, "gpu": GPU_OPTIONS}
+
+
+_IN_KERNELS = "xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call"
+
+
+def options_of(platform: str, overlap: str) -> dict[str, str | bool]:
+  """What a platform's compiler is asked; `overlap` as `config.parallel`'s."""
+  if overlap == "none" or platform not in _OPTIONS:
+    return {}
+  asked = dict(_OPTIONS[platform])
+  if overlap == "other":
+    asked.pop(_IN_KERNELS, None)
+  return asked
 
 
 def compile_overlapped(
-  lowered: jax.stages.Lowered, platform: str
+  lowered: jax.stages.Lowered, platform: str, overlap: str
 ) -> jax.stages.Compiled:
   """Compiles a program of many devices of a platform: cpu, gpu or tpu.
 
   An option that this compiler does not know is left out, with a warning.
   """
-  options = dict(_OPTIONS[platform])
+  options = options_of(platform, overlap)
   while True:
     try:
       return lowered.compile(compiler_options=options)
@@ -62,7 +75,7 @@ def compile_overlapped(
         raise
       del options[unknown.group(1)]
       warnings.warn(
-        f"this TPU compiler has no {unknown.group(1)}: collectives may be "
+        f"this compiler has no {unknown.group(1)}: collectives may be "
         "waited for",
         stacklevel=2,
       )

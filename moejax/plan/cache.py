@@ -39,7 +39,7 @@ def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
   except Crashed:
     raise DoesNotFit(
       f"the compiler for {topology} aborts on this step; "
-      "config.parallel.overlap=false asks less of it"
+      "config.parallel.overlap=other asks less of it"
     ) from None
   _write(path, dataclasses.asdict(made))
   return made
