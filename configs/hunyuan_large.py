@@ -13,7 +13,7 @@ A pod for it; what it gives is in docs/pods.md:
   moejax plan --config=configs/hunyuan_large.py --topology=v5p:8x8x16 \
     --config.parallel.data=4 --config.parallel.fsdp=16 \
     --config.parallel.expert=16 --config.parallel.receive_factor=2.0 \
-    --config.model.remat=exchange
+    --config.model.remat=exchange --config.parallel.overlap=other
 
 One shared expert and 16 routed ones, top-1; in training, tokens beyond an
 expert's capacity go at random to those with room (recycle routing). Every
