@@ -111,7 +111,8 @@ class Walk:
         if trips is None:
           self.unknown[f"a loop of unknown length, {_short(op.scope)}"] += 1
         trips = 1 if trips is None else trips
-        clock.now += trips * self._go(op.called("body"), runs * trips)
+        if trips:
+          clock.now += trips * self._go(op.called("body"), runs * trips)
       elif sending := list(self._sending(op, where)):
         # What it reads and writes goes over the network meanwhile.
         for x, inner in sending:

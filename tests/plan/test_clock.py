@@ -59,6 +59,12 @@ SENT = SIZE / CHIP.link
 GROUPS = "replica_groups={{0,1}}, to_apply=%add"
 
 
+def test_a_loop_that_never_runs():
+  text = STEP.format(lines="  %r = f32[1048576] copy(%x)\n")
+  program = Program.parse(text.replace('"n":"7"', '"n":"0"'))
+  assert measure(program, Fabric((("data", 2),), LINE), 0).seconds == 0
+
+
 @pytest.mark.parametrize(
   "lines, waits",
   [
