@@ -75,12 +75,13 @@ def test_steps_keep_what_makes_them_fit(name):
   assert all(
     cost(op, c, rows_at_once(config)) for op, c in where if op in kernels
   )
-  # Logits of a chunk of tokens at a time.
+  # Logits of a chunk of tokens at a time; the table itself may be larger.
   tokens = config.train.batch_size * config.data.seq_len // mesh.size
   vocab = config.model.vocab_size // config.parallel.tensor
   for op, _ in where:
     for shape in op.shapes:
-      if shape.dtype == "f32" and vocab in shape.dims:
+      table = config.model.d_model in shape.dims
+      if shape.dtype == "f32" and vocab in shape.dims and not table:
         assert shape.size < tokens // 2 * vocab, op.name
 
 
