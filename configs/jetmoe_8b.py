@@ -11,7 +11,7 @@ A pod for it; what it gives is in docs/pods.md:
 
   moejax plan --config=configs/jetmoe_8b.py --topology=v5p:4x8x8 \
     --config.parallel.data=4 --config.parallel.fsdp=64 \
-    --config.model.remat=experts
+    --config.model.remat=dots
 
 Attention heads are experts too: queries and outputs of 2 of 8 experts around
 one set of keys and values; both halves of a layer route, 8 experts top-2,
