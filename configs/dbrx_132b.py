@@ -12,7 +12,8 @@ docs/pods.md:
 
   moejax plan --config=configs/dbrx_132b.py --topology=v5p:8x8x16 \
     --config.parallel.data=8 --config.parallel.fsdp=128 \
-    --config.data.seq_len=4096 --config.train.batch_size=4096
+    --config.data.seq_len=4096 --config.train.batch_size=4096 \
+    --config.model.remat=experts
 
 16 experts top-4, renormalised; LayerNorm without bias; queries, keys and values
 clipped to +-8; RoPE base 500,000; balancing loss 0.05, no z-loss. Optimizer,
