@@ -75,8 +75,8 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
-# With one of these, the host only feeds a device.
-# As their drivers name them: a plugin may be here to plan for others' chips.
+# With one of these, the host only feeds a device. Named by drivers, since a
+# plugin may be here to plan for chips that are not.
 _ACCELERATORS = (
   "/dev/accel*",
   "/dev/kfd",

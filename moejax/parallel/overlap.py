@@ -29,8 +29,8 @@ TPU_OPTIONS = dict.fromkeys(
   "true",
 ) | dict.fromkeys(
   # Else a projection whose weights are gathered becomes as many products as
-  # there are devices, each of which adds to the whole result in HBM: 764 GB of
-  # traffic where 14 do (OLMoE on 32 chips of v5p).
+  # there are devices, each of which adds to the whole result in HBM: OLMoE on
+  # 32 chips of v5p is then bound by 40.9% of the peak instead of 59.8%.
   (
     "xla_tpu_enable_windowed_einsum_for_all_gather",
     "xla_tpu_enable_windowed_einsum_for_reduce_scatter",

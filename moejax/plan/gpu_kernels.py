@@ -19,13 +19,7 @@ _ATTENTION_PRODUCTS = {"fwd": 2, "bwd": 5}
 def cost(
   op: Instruction, where: Computation, rows: int
 ) -> tuple[float, float] | None:
-  """FLOPs and memory bytes of a custom call; None for one that nobody knows.
-
-  Args:
-    op: a custom call.
-    where: what it stands in.
-    rows: that reach a device's experts, if all of them get as many.
-  """
+  """As `kernels.cost`, of a GPU's custom call."""
   found = re.search(r'custom_call_target="([^"]*)"', op.attributes)
   target = found.group(1) if found else ""
   arrays = [s for x in op.operands for s in where.instructions[x].shapes]

@@ -92,6 +92,25 @@ def test_each_device_has_its_part_of_weights_and_moments():
     np.testing.assert_array_equal(one, other)
 
 
+def test_copies_of_the_parameters_share_their_moments():
+  config, _, shardings = on_mesh("dp2-ep4")
+  shapes = jax.eval_shape(lambda: init_state(config, build(config.model)))
+
+  def share(tree, where):
+    """Elements on a device."""
+    sizes = jax.tree.map(
+      lambda x, at: np.prod(at.shard_shape(x.shape)), tree, where
+    )
+    return sum(jax.tree.leaves(sizes))
+
+  whole = sum(x.size for x in jax.tree.leaves(shapes.params))
+  assert whole / 4 <= share(shapes.params, shardings.params) < 1.1 * whole / 4
+  for tree, where in zip(
+    shapes.opt_state[1][0][1:], shardings.opt_state[1][0][1:]
+  ):
+    assert whole / 8 <= share(tree, where) < 1.1 * whole / 8
+
+
 def test_a_parameter_that_does_not_divide_is_named():
   with pytest.raises(ConfigError) as caught:
     on_mesh("fsdp4", d_model=30)

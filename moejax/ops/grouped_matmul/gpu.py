@@ -91,7 +91,8 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
           preferred_element_type=dtype,
           implementation=implementation,
         )
-    # ValueError: one that this version has not, or not without jax-triton.
+    # ValueError: newer versions know no "triton" without jax-triton. Any other
+    # mistake is said by the warning, and again by lax.ragged_dot.
     except (NotImplementedError, ValueError, ExceptionGroup) as e:
       reasons = "; ".join(map(str, getattr(e, "exceptions", [e])))
       warnings.warn(
