@@ -16,6 +16,10 @@ from moejax.plan.roofline import Roofline, Traffic
 from moejax.plan.topology import compiler_of
 
 
+class CompilerAborts(DoesNotFit):
+  """Not for want of memory, as far as is known."""
+
+
 def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
   """`plan`, or what it said before of the same config, code and compiler.
 
@@ -37,7 +41,7 @@ def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
     _write(path, {"refused": str(e)})
     raise
   except Crashed:
-    raise DoesNotFit(
+    raise CompilerAborts(
       f"the compiler for {topology} aborts on this step; "
       "config.parallel.overlap=other asks less of it"
     ) from None

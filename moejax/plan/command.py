@@ -69,4 +69,6 @@ def _options(config) -> list[str]:
   """What to write on the command line."""
   sizes = {a: getattr(config.parallel, a) for a in config.parallel.AXES}
   options = [f"--config.parallel.{a}={n}" for a, n in sizes.items() if n > 1]
+  if config.parallel.overlap != "kernels":
+    options.append(f"--config.parallel.overlap={config.parallel.overlap}")
   return [*options, f"--config.model.remat={config.model.remat}"]

@@ -4,11 +4,16 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+
+from jax.sharding import AbstractMesh
 
 from moejax.config import Config, ParallelConfig
 from moejax.errors import ConfigError
-from moejax.plan.cache import cached_plan
+from moejax.models import build
+from moejax.models.transformer import boxed_variables
+from moejax.parallel import shardings
+from moejax.plan.cache import CompilerAborts, cached_plan
 from moejax.plan.compiled import DoesNotFit, Plan
 from moejax.plan.report import HEADER, mesh_name, summary
 from moejax.plan.topology import devices_of
@@ -37,87 +42,126 @@ def search(
   Raises:
     ConfigError: no mesh of that many devices is possible.
   """
-  found, size = [], len(devices_of(topology))
-  meshes = list(candidates(config, size))
+  meshes = list(candidates(config, len(devices_of(topology))))
   if not meshes:
     raise ConfigError(
-      f"no mesh of {size} devices divides batch_size="
+      f"no mesh of {len(devices_of(topology))} devices divides batch_size="
       f"{config.train.batch_size} and the model; use another batch size"
     )
   print(f"{len(meshes)} meshes or more, a minute or more each", flush=True)
   print(HEADER, flush=True)
+  tries = _Tries(config, topology, fresh)
+  tries.climb(meshes, math.inf)
+  if tries.found:
+    fastest = tries.ranked()[0]
+    copies = _copies(fastest[0].parallel, _COPIES, _rule(config))
+    tries.climb(copies, _seconds(fastest))
+  for (candidate, _), remat in itertools.product(
+    tries.ranked()[:_BEST], REMATS[1:]
+  ):
+    tries.attempt(candidate.parallel, remat)
+  return tries.ranked()
 
-  def attempt(candidate: Config) -> float:
-    """Seconds of a step; infinite if it does not fit."""
-    try:
-      made = cached_plan(candidate, topology, fresh)
-    except DoesNotFit as e:
-      line = f"{mesh_name(candidate):34} {candidate.model.remat:10} "
-      print(line + "does not fit: " + _sizes(str(e)), flush=True)
-      return math.inf
-    found.append((candidate, made))
-    print(summary(candidate, made), flush=True)
-    return made.roofline.seconds
 
-  def climb(meshes: Iterable[ParallelConfig], to_beat: float) -> None:
+@dataclasses.dataclass
+class _Tries:
+  """Plans so far; a line is printed for each."""
+
+  config: Config
+  topology: str
+  fresh: bool
+  found: list[tuple[Config, Plan]] = dataclasses.field(default_factory=list)
+
+  def ranked(self) -> list[tuple[Config, Plan]]:
+    return sorted(self.found, key=_seconds)
+
+  def climb(self, meshes: Iterable[ParallelConfig], to_beat: float) -> None:
+    """With full remat, until it gets slower."""
     worse = 0
     for parallel in meshes:
-      seconds = attempt(_with(config, parallel, "full"))
+      seconds = self.attempt(parallel, "full")
       worse = 0 if seconds < to_beat else worse + 1
       to_beat = min(to_beat, seconds)
       if math.isfinite(to_beat) and worse == _GIVE_UP:
         return
 
-  climb(meshes, math.inf)
-  if found:
-    fastest = min(found, key=_seconds)
-    climb(_copies(config, fastest[0].parallel), _seconds(fastest))
-  best = sorted(found, key=_seconds)[:_BEST]
-  for (candidate, _), remat in itertools.product(best, REMATS[1:]):
-    attempt(_with(config, candidate.parallel, remat))
-  return sorted(found, key=_seconds)
+  def attempt(self, parallel: ParallelConfig, remat: str) -> float:
+    """Seconds of a step; infinite if it does not fit."""
+    overlap = self.config.parallel.overlap
+    parallel = dataclasses.replace(parallel, overlap=overlap)
+    candidate = _with(self.config, parallel, remat)
+    line = f"{mesh_name(candidate):34} {remat:10} "
+    try:
+      made = cached_plan(candidate, self.topology, self.fresh)
+    except CompilerAborts as e:
+      if overlap != "kernels":
+        print(line + str(e), flush=True)
+        return math.inf
+      # What one step of a model meets, the others do as a rule.
+      print(line + "compiler aborts; from here on overlap=other", flush=True)
+      parallel = dataclasses.replace(parallel, overlap="other")
+      self.config = dataclasses.replace(self.config, parallel=parallel)
+      return self.attempt(parallel, remat)
+    except DoesNotFit as e:
+      print(line + "does not fit: " + _sizes(str(e)), flush=True)
+      return math.inf
+    self.found.append((candidate, made))
+    print(summary(candidate, made), flush=True)
+    return made.roofline.seconds
 
 
 def candidates(config: Config, size: int) -> Iterator[ParallelConfig]:
   """Meshes of `size` devices that the config allows.
 
   The batch goes over `fsdp`, and over `expert` in all sizes that divide the
-  experts; `tensor` or `sequence` where the batch has too few rows for that.
+  experts; over `data` in as few as leave an `fsdp` that the parameters divide
+  by; `tensor` or `sequence` where the batch has too few rows for that.
   """
   rows = config.train.batch_size // config.train.accumulation_steps
   for split in _divisors(size):
     if rows % (size // split) == 0:
       break
+  allowed = _rule(config)
   for axis in ("tensor", "sequence") if split > 1 else ("tensor",):
     for expert in _divisors(size // split):
       sizes = {
         "data": 1, "fsdp": size // split // expert, "expert": expert,
         "tensor": 1, "sequence": 1, axis: split,
       }  # fmt: skip
-      parallel = dataclasses.replace(config.parallel, **sizes)
-      if _allowed(config, parallel):
-        yield parallel
+      whole = dataclasses.replace(config.parallel, **sizes)
+      copies = _copies(whole, (1, *_COPIES), allowed)
+      yield from itertools.islice(copies, 1)
 
 
 def _copies(
-  config: Config, parallel: ParallelConfig
+  parallel: ParallelConfig,
+  numbers: Iterable[int],
+  allowed: Callable[[ParallelConfig], bool],
 ) -> Iterator[ParallelConfig]:
-  """The same with more and more copies of the parameters."""
-  for data in _COPIES:
-    if parallel.fsdp % data == 0 and parallel.fsdp > data:
+  """The same with so many times the copies of the parameters."""
+  for number in numbers:
+    if parallel.fsdp % number == 0:
       split = dataclasses.replace(
-        parallel, data=data, fsdp=parallel.fsdp // data
+        parallel, data=parallel.data * number, fsdp=parallel.fsdp // number
       )
-      if _allowed(config, split):
+      if allowed(split):
         yield split
 
 
-def _allowed(config: Config, parallel: ParallelConfig) -> bool:
-  try:
-    dataclasses.replace(config, parallel=parallel)
-  except ConfigError:
-    return False
-  return True
+def _rule(config: Config) -> Callable[[ParallelConfig], bool]:
+  """Whether the batch, the model and each parameter divide by a mesh."""
+  boxed = boxed_variables(build(config.model))
+
+  def allowed(parallel: ParallelConfig) -> bool:
+    sizes = tuple(getattr(parallel, axis) for axis in ParallelConfig.AXES)
+    try:
+      dataclasses.replace(config, parallel=parallel)
+      shardings(AbstractMesh(sizes, ParallelConfig.AXES), boxed)
+    except ConfigError:
+      return False
+    return True
+
+  return allowed
 
 
 def _with(config: Config, parallel: ParallelConfig, remat: str) -> Config:

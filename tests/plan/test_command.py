@@ -2,7 +2,9 @@
 """Plans of pods, by the compiler of the chips."""
 
 import dataclasses
+import importlib
 import importlib.util
+import math
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from moejax import cli
+from moejax.plan.cache import CompilerAborts
 from moejax.plan.search import candidates
 from tests.small_run import environment
 
@@ -125,7 +128,7 @@ def test_a_search_ranks_what_fits(libtpu, own_cache):
     x[:34].strip() for x in rows if x.startswith(("fsdp", "expert", "data"))
   }
   # Five experts divide by nothing.
-  assert meshes == {"fsdp 4", "data 2, fsdp 2"}
+  assert meshes == {"fsdp 4", "data 2, fsdp 2", "data 4"}
   remats = {x[34:].split()[0] for x in rows if x[:34].strip() in meshes}
   assert remats == {"full", "exchange", "experts", "dots", "none"}
   best = done.stdout.partition("the fastest that fits:")[2]
@@ -146,6 +149,33 @@ def test_meshes_that_are_tried():
   )
   found = list(candidates(few, 8))
   assert {(p.tensor, p.sequence) for p in found} == {(4, 1), (1, 4)}
+
+
+def test_meshes_whose_parameters_would_not_divide_are_not_tried():
+  """Of 6400 = 256 * 25, no 1024 devices hold equal parts."""
+  config = cli.parse_config(str(ROOT / "configs/hunyuan_large.py"), [])
+  found = list(candidates(config, 1024))
+  assert [(p.data, p.fsdp, p.expert) for p in found] == [
+    (8, 128, 1), (4, 128, 2), (4, 64, 4), (4, 32, 8), (4, 16, 16),
+  ]  # fmt: skip
+
+
+def test_a_search_goes_on_when_the_compiler_aborts(monkeypatch, capsys):
+  """Steps that do that differ by version of the compiler; none is sure to."""
+  config = cli.parse_config(str(ROOT / "configs/tiny.py"), [])
+  asked = []
+
+  def abort(config, topology, fresh):
+    asked.append(config.parallel.overlap)
+    raise CompilerAborts(f"{config.parallel.overlap} aborts")
+
+  module = importlib.import_module("moejax.plan.search")
+  monkeypatch.setattr(module, "cached_plan", abort)
+  tries = module._Tries(config, "v5e:2x2", fresh=False)
+  assert tries.attempt(config.parallel, "full") == math.inf
+  assert tries.attempt(config.parallel, "dots") == math.inf
+  assert asked == ["kernels", "other", "other"]
+  assert "from here on overlap=other" in capsys.readouterr().out
 
 
 @pytest.mark.tpu
