@@ -11,7 +11,7 @@ A pod for it, with as many tokens a batch in shorter rows; what it gives is in
 docs/pods.md:
 
   moejax plan --config=configs/dbrx_132b.py --topology=v5p:8x8x16 \
-    --config.parallel.data=8 --config.parallel.fsdp=128 \
+    --config.parallel.data=4 --config.parallel.fsdp=256 \
     --config.data.seq_len=4096 --config.train.batch_size=4096 \
     --config.model.remat=experts
 

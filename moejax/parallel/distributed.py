@@ -59,8 +59,7 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
   if not args.distributed and address == (None, None, None):
     yield
     return
-  _join(args)
-  index, count = jax.process_index(), jax.process_count()
+  index, count = _join(args)
   if index:
     sys.stdout = open(os.devnull, "w")
   try:
@@ -83,7 +82,8 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
     sys.stdout.flush()
 
 
-def _join(args: argparse.Namespace) -> None:
+def _join(args: argparse.Namespace) -> tuple[int, int]:
+  """The number of this process, and how many there are."""
   given = (args.coordinator, args.num_processes, args.process_id)
   if any(x is not None for x in given) and None in given:
     raise UserError(
@@ -100,6 +100,7 @@ def _join(args: argparse.Namespace) -> None:
       *given, initialization_timeout=args.join_timeout + 30,
       heartbeat_timeout_seconds=args.lost_after + 20,
     )  # fmt: skip
+    return jax.process_index(), jax.process_count()
   except (ValueError, RuntimeError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
     raise UserError(

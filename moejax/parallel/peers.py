@@ -2,8 +2,10 @@
 """Signs of life of a run's processes, in its folder."""
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -15,6 +17,8 @@ from moejax.runlock import process_start
 FOLDER = "processes"
 BEAT = 1.0  # seconds between signs, and between looks at those of the others
 EXIT_PEER_LOST = 76  # EX_PROTOCOL; the same command goes on
+
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 class Peers:
@@ -48,14 +52,19 @@ class Peers:
     self._seen: dict[int, tuple[float, float]] = {}
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
+    self._on_abort = _Handler(self._abort)  # as long as C may call it
 
   def __enter__(self) -> Self:
     self._folder.mkdir(parents=True, exist_ok=True)
     self._write(None)
+    # JAX aborts in a thread without Python when process 0 is lost: too late for
+    # a handler of the module `signal`.
+    ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
     self._thread.start()
     return self
 
   def __exit__(self, kind, error, trace) -> None:
+    ctypes.CDLL(None).signal(signal.SIGABRT, None)
     self._stop.set()
     self._thread.join()
     if kind is None:
@@ -78,11 +87,23 @@ class Peers:
 
   def say(self, lost: str) -> None:
     text = (
-      f"moejax: process {self._index} of {self._count} stops: {lost}. Start "
+      f"\nmoejax: process {self._index} of {self._count} stops: {lost}. Start "
       "all again with the same command: the run goes on from its newest "
       "checkpoint\n"
     )
     os.write(2, text.encode())
+
+  def _abort(self, signum: int) -> None:
+    """Called while a library ends this process, whose own words stand above."""
+    if (lost := self._lost()) is not None:
+      self.say(lost)
+      os._exit(EXIT_PEER_LOST)
+    first = self._read(0)
+    if first is not None and self._index != 0:
+      self.say(
+        "aborted by what is said above; a lost leader or coordinator is "
+        f"process 0 (pid {first['pid']} on {first['host']})"
+      )
 
   def _watch(self) -> None:
     while not self._stop.wait(BEAT / 4):

@@ -46,21 +46,24 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(place, count, run, *options, port=None, indices=None):
-  """Processes of a run, one device each."""
+def start(place, count, run, *options, port=None, indices=None, before=()):
+  """Processes of a run, one device each; `before` goes before the command."""
   port = port or free_port()
   return [
     subprocess.Popen(
-      command(
-        "train",
-        "--config=config.py",
-        f"--workdir={run}",
-        *SOURCES,
-        *options,
-        f"--coordinator=localhost:{port}",
-        f"--num-processes={count}",
-        f"--process-id={i}",
-      ),
+      [
+        *before,
+        *command(
+          "train",
+          "--config=config.py",
+          f"--workdir={run}",
+          *SOURCES,
+          *options,
+          f"--coordinator=localhost:{port}",
+          f"--num-processes={count}",
+          f"--process-id={i}",
+        ),
+      ],
       cwd=place,
       env=environment(),
       stdout=subprocess.PIPE,
@@ -190,25 +193,52 @@ def wait_for_step(place, run, step, processes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_one_that_is_lost_ends_the_others_by_name(place, alone, number):
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_that_is_lost_ends_the_others_by_name(place, alone, lost, number):
   """Killed or hung: they stop, say who it was, and all go on later."""
-  run = f"lost_{number.name}"
+  run = f"lost_{number.name}_{lost}"
   slow = ("--config.eval.every=1", "--lost-after=5")
   processes = start(place, 2, run, *TWO, *slow)
   wait_for_step(place, run, 7, processes)
-  processes[1].send_signal(number)
+  gone, other = processes[lost], processes[1 - lost]
+  gone.send_signal(number)
   begun = time.monotonic()
-  first = processes[0]
-  _, errors = first.communicate(timeout=60)
+  _, errors = other.communicate(timeout=60)
   assert time.monotonic() - begun < 30
-  processes[1].kill()
-  processes[1].communicate()
-  assert first.returncode == EXIT_PEER_LOST, errors
-  assert f"process 0 of 2 stops: process 1 (pid {processes[1].pid}" in errors
+  gone.kill()
+  gone.communicate()
+  assert other.returncode == EXIT_PEER_LOST, errors
+  who = f"process {1 - lost} of 2 stops: process {lost} (pid {gone.pid}"
+  assert who in errors
   how = "is dead" if number == signal.SIGKILL else "gave no sign of life"
   assert how in errors
   run_all(place, 2, run, *TWO)
   assert_same_training(metrics(place, run), alone)
+
+
+def test_a_lost_leader_on_another_host_is_named(place, tmp_path):
+  """JAX aborts the others at once, in words of its own; ours say who it was."""
+  hosts = tmp_path / "hosts"
+  hosts.write_text("127.0.0.1 localhost other\n")
+  script = f"hostname other && mount --bind {hosts} /etc/hosts"
+  inside = ["unshare", "--uts", "--mount", "sh", "-c"]
+  if subprocess.run([*inside, script], capture_output=True).returncode:
+    pytest.skip("a host name of its own needs root")
+  options, port = (*TWO, "--config.eval.every=1"), free_port()
+  (first,) = start(place, 2, "leader", *options, port=port, indices=[0])
+  before = [*inside, f'{script} && exec "$@"', "sh"]
+  (other,) = start(
+    place, 2, "leader", *options, port=port, indices=[1], before=before
+  )
+  wait_for_step(place, "leader", 7, [first, other])
+  first.kill()
+  begun = time.monotonic()
+  _, errors = other.communicate(timeout=60)
+  assert time.monotonic() - begun < 30
+  first.communicate()
+  assert other.returncode != 0
+  assert f"process 0 (pid {first.pid} on {socket.gethostname()})" in errors
+  assert "Start all again with the same command" in errors
 
 
 def test_a_mistake_ends_all_with_one_line(place):
