@@ -121,20 +121,22 @@ def attend(
     read = keys.segment_ids_BS, keys.positions_BS
   else:
     read = queries
-  same_row = keys is None and not placement.splits("tokens")
+  parts = placement.parts("tokens")
   S, H = kv.k_BSKH.shape[1], q_BTNH.shape[3]
   backend, _ = choose_backend(
     backends.platform, backends.attention, seq_len=S, head_dim=H,
-    dtype=q_BTNH.dtype,
+    dtype=q_BTNH.dtype, parts=parts,
   )  # fmt: skip
 
-  def local(q_BTNH, k_BSKH, v_BSKH, queries, read):
-    read = queries if same_row else read
+  def local(q_BTNH, k_BSKH, v_BSKH, queries, read, places_T):
+    if keys is None and parts == 1:
+      read = queries
     return attention(
       q_BTNH, k_BSKH, v_BSKH,
       query_segments_BT=queries[0], key_segments_BS=read[0],
       query_positions_BT=queries[1], key_positions_BS=read[1],
       backend=backend,
+      query_places_T=places_T if keys is None and parts > 1 else None,
     )  # fmt: skip
 
   query_axes = Axes("batch", "tokens", "heads", None)
@@ -143,6 +145,6 @@ def attend(
   key_axes = Axes("batch", None, None if one else "kv_heads", None)
   return placement.local(
     local,
-    (query_axes, key_axes, key_axes, TOKENS, Axes("batch")),
+    (query_axes, key_axes, key_axes, TOKENS, Axes("batch"), Axes("tokens")),
     query_axes,
-  )(q_BTNH, kv.k_BSKH, kv.v_BSKH, queries, read)
+  )(q_BTNH, kv.k_BSKH, kv.v_BSKH, queries, read, jnp.arange(q_BTNH.shape[1]))

@@ -70,10 +70,10 @@ class OneDevice:
     del axes
     return jnp.asarray(rows)
 
-  def splits(self, axis: str) -> bool:
-    """Whether devices have parts of this axis."""
+  def parts(self, axis: str) -> int:
+    """How many parts of this axis devices have."""
     del axis
-    return False
+    return 1
 
   def constrain(self, x: Array, axes: Axes) -> Array:
     """`x`, lying on the devices as `axes` say."""

@@ -182,6 +182,7 @@ def describe_backends(model: Transformer, seq_len: int) -> list[str]:
   name, reason = attention_ops.choose_backend(
     backends.platform, backends.attention, seq_len=seq_len,
     head_dim=cfg.head_dim, dtype=jnp.dtype(cfg.dtype),
+    parts=backends.placement.parts("tokens"),
   )  # fmt: skip
   return [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
 

@@ -48,8 +48,8 @@ class OnMesh(OneDevice):
   def put(self, rows: np.ndarray, axes: Axes) -> Array:
     return batches.to_global(rows, self.sharding(axes))
 
-  def splits(self, axis: str) -> bool:
-    return any(self.mesh.shape[m] > 1 for m in rules.USED[axis])
+  def parts(self, axis: str) -> int:
+    return math.prod(self.mesh.shape[m] for m in rules.USED[axis])
 
   def constrain(self, x: Array, axes: Axes) -> Array:
     return jax.lax.with_sharding_constraint(x, self.sharding(axes))

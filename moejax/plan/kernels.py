@@ -51,11 +51,15 @@ def _grouped(op, matrices, rows: int) -> tuple[float, float]:
 
 
 def _splash(op, arrays) -> tuple[float, float]:
-  """Causal: half of all pairs of tokens. It also runs over batch and heads."""
-  q = max((s for s in arrays if len(s.dims) >= 3), key=lambda s: s.size)
+  """Causal: half of all pairs of tokens. It also runs over batch and heads.
+
+  Where each device has a part of the queries, that of the last one.
+  """
+  q, k = [s for s in arrays if len(s.dims) >= 3 and s.dtype in _NUMPY][:2]
   T, H = q.dims[-2:]
+  pairs = T * (k.dims[-2] - T / 2)
   kind = next((k for k in ("dkv", "dq") if f"_{k}" in op.name), "fwd")
-  flops = _SPLASH_PRODUCTS[kind] * 2 * (q.size // (T * H)) * T * T * H / 2
+  flops = _SPLASH_PRODUCTS[kind] * 2 * (q.size // (T * H)) * pairs * H
   traffic = op.hbm_bytes + sum(s.bytes for s in arrays if not s.on_chip)
   return flops, traffic
 

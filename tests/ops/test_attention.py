@@ -2,7 +2,6 @@
 """Each attention back end against float64 NumPy, values and gradients."""
 
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +106,38 @@ def test_packed_rows(backend, heads):
   got = value_and_gradients(backend, q, k, v, d_out, tokens)
   want = oracle(q, k, v, d_out, tokens, tokens)
   assert_close(got, want, 1e-5)
+
+
+@pytest.mark.usefixtures("interpreted_splash")
+@pytest.mark.parametrize("backend", ON_CPU)
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_the_queries(backend, parts):
+  """As devices have them that split rows; keys and values are whole."""
+  q, k, v, d_out = inputs((2, 512, 4, 2, 16))
+  tokens = tokens_of([[90, 300, 100], [512]], 512)
+  keys = [jnp.asarray(x) for x in tokens]
+
+  @jax.jit
+  def part(q, k, v, d_out, queries, places):
+    call = lambda q, k, v: attention(
+      q, k, v, query_segments_BT=queries[0], key_segments_BS=keys[0],
+      query_positions_BT=queries[1], key_positions_BS=keys[1],
+      backend=backend, query_places_T=places,
+    )  # fmt: skip
+    out, vjp = jax.vjp(call, q, k, v)
+    return out, *vjp(d_out)
+
+  cut = lambda x, axis=1: np.split(np.asarray(x), parts, axis)
+  found = [
+    part(q, k, v, d_out, queries, places)
+    for q, d_out, *queries, places in zip(
+      cut(q), cut(d_out), *map(cut, tokens), cut(np.arange(512), 0)
+    )
+  ]
+  out, d_q, d_k, d_v = zip(*found)
+  whole = lambda xs: np.concatenate(xs, axis=1)
+  got = whole(out), whole(d_q), sum(d_k), sum(d_v)
+  assert_close(got, oracle(q, k, v, d_out, tokens, tokens), 1e-5)
 
 
 @pytest.mark.parametrize("backend", ["plain", "blockwise"])
@@ -238,7 +269,8 @@ def test_blockwise_skips_what_cannot_be_seen():
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "splash"])
-def test_kernels_lower_for_their_platform(backend, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_kernels_lower_for_their_platform(backend, parts, monkeypatch):
   """Traces to the kernel, forward and backward, without the hardware."""
   from jax._src.cudnn import fused_attention_stablehlo
 
@@ -247,14 +279,17 @@ def test_kernels_lower_for_their_platform(backend, monkeypatch):
   )
   q, k, v, _ = inputs((2, 256, 4, 2, 128), dtype=jnp.bfloat16)
   segments, positions = map(jnp.asarray, tokens_of([[200], [100, 156]], 256))
+  T = 256 // parts
+  places = None if parts == 1 else jnp.arange(T, 2 * T)
 
   @jax.jit
   @functools.partial(jax.grad, argnums=(0, 1, 2))
   def step(q, k, v, segments, positions):
     out = attention(
-      q, k, v, query_segments_BT=segments, key_segments_BS=segments,
-      query_positions_BT=positions, key_positions_BS=positions,
-      backend=backend,
+      q[:, -T:], k, v, key_segments_BS=segments, key_positions_BS=positions,
+      query_segments_BT=segments if parts == 1 else segments[:, T:],
+      query_positions_BT=positions if parts == 1 else positions[:, T:],
+      backend=backend, query_places_T=places,
     )  # fmt: skip
     return out.astype(jnp.float32).sum()
 
@@ -275,60 +310,6 @@ def test_kernels_leave_the_cache_to_xla(backend):
   q_tokens = np.ones((1, 1), np.int32), np.full((1, 1), 11)
   got = value_and_gradients(backend, q, k, v, d_out, q_tokens, k_tokens)
   assert_close(got, oracle(q, k, v, d_out, q_tokens, k_tokens), 1e-5)
-
-
-CHOICES = [
-  ("cpu", "auto", 512, 64, jnp.float32, "plain"),
-  ("cpu", "auto", 1 << 16, 64, jnp.float32, "blockwise"),
-  ("cpu", "blockwise", 64, 64, jnp.float32, "blockwise"),
-  ("tpu", "auto", 4096, 128, jnp.bfloat16, "splash"),
-  ("tpu", "auto", 1024, 80, jnp.bfloat16, "splash"),
-  ("tpu", "plain", 4096, 128, jnp.bfloat16, "plain"),
-  ("gpu", "auto", 4096, 128, jnp.bfloat16, "cudnn"),
-  ("rocm", "auto", 512, 64, jnp.bfloat16, "plain"),
-]
-
-
-@pytest.mark.parametrize("platform, requested, length, H, dtype, want", CHOICES)
-def test_choose_backend(platform, requested, length, H, dtype, want):
-  name, reason = choose_backend(
-    platform, requested, seq_len=length, head_dim=H, dtype=dtype
-  )
-  assert name == want
-  assert reason
-
-
-FALLBACKS = [
-  ("tpu", "auto", 1000, 128, jnp.bfloat16, "multiple of 128, not 1000"),
-  ("gpu", "auto", 1024, 64, jnp.float32, "bfloat16, not float32"),
-  ("gpu", "auto", 1024, 256, jnp.bfloat16, "up to 128, not 256"),
-  ("gpu", "cudnn", 1023, 64, jnp.bfloat16, "even length, not 1023"),
-  ("cpu", "splash", 1024, 64, jnp.float32, "does not run on cpu"),
-]
-
-
-@pytest.mark.parametrize(
-  "platform, requested, length, H, dtype, why", FALLBACKS
-)
-def test_fallback_warns_with_its_reason(
-  platform, requested, length, H, dtype, why
-):
-  with pytest.warns(UserWarning, match=why):
-    name, reason = choose_backend(
-      platform, requested, seq_len=length, head_dim=H, dtype=dtype
-    )
-  assert name in ("plain", "blockwise")
-  assert why in reason
-
-
-def test_decoding_is_no_fallback():
-  with warnings.catch_warnings():
-    warnings.simplefilter("error")
-    name, reason = choose_backend(
-      "tpu", "auto", seq_len=300, head_dim=64, dtype=jnp.float32, query_len=1
-    )
-  assert name == "plain"
-  assert "cache of 300" in reason
 
 
 def test_unknown_names_list_the_known():

@@ -110,6 +110,21 @@ def test_a_slice_of_a_stack_is_not_the_stack():
   assert sum(w.bytes for w in walk(text).work) < 50 * 6 * layer
 
 
+@pytest.mark.parametrize("kind, products", [("fwd", 2), ("dkv", 5)])
+def test_splash_attention_of_a_part_of_the_queries(kind, products):
+  """The last 128 of 512: each sees what is before it, 384 keys and more."""
+  text = (
+    "ENTRY %main (q: f32[]) -> f32[] {\n"
+    "  %m = s8[1,1,4]{2,1,0} parameter(0)\n"
+    "  %q = bf16[2,4,128,64]{3,2,1,0} parameter(1)\n"
+    "  %k = bf16[2,1,512,64]{3,2,1,0} parameter(2)\n"
+    f"  %splash_mha_{kind}.1 = bf16[2,4,128,64]{{3,2,1,0}} "
+    'custom-call(%m, %q, %k, %k), custom_call_target="tpu_custom_call"\n}\n'
+  )
+  pairs = 2 * 4 * 128 * (384 + 128 / 2)
+  assert total_flops(text) == products * 2 * pairs * 64
+
+
 def test_shapes():
   found = shapes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[])")
   assert [s.dims for s in found] == [(2, 3), ()]

@@ -129,3 +129,18 @@ def test_rows_travel_four_times(experts):
   least = 4 * layers * tokens * moe.experts_per_token * config.model.d_model * 2
   # A device keeps an eighth of the rows.
   assert sum(t.bytes for t in rows) < 1.1 * least * 7 / 8
+
+
+@pytest.mark.tpu
+@pytest.mark.slow
+def test_parts_of_rows_attend_by_the_kernel():
+  """Two devices a row, each half of the queries and all keys."""
+  options = ["fsdp=2", "sequence=2", "overlap=other"]
+  config = cli.parse_config(
+    str(ROOT / "configs/olmoe_1b_7b.py"),
+    [f"--config.parallel.{x}" for x in options]
+    + ["--config.train.batch_size=4", "--config.model.remat=dots"],
+  )
+  compiled, *_ = compile_for(shortened(config, repeats=2), "v5p:2x2x1")
+  text = compiled.as_text()
+  assert "splash_mha_fwd" in text and "splash_mha_dkv" in text

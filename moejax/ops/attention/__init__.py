@@ -40,13 +40,14 @@ def attention(
   query_positions_BT: Array,
   key_positions_BS: Array,
   backend: str,
+  query_places_T: Array | None = None,
 ) -> Array:
   """Softmax attention of each query over the keys that it may see.
 
   For self-attention pass the very same arrays as segments and positions of
   queries and keys: positions then rise along each segment, so keys further
-  along the row are never looked at. `cudnn` and `splash` need that; attention
-  over a cache takes `plain` or `blockwise` instead.
+  along the row are never looked at. `cudnn` and `splash` need that, or
+  `query_places_T`; attention over a cache takes `plain` or `blockwise` instead.
 
   Args:
     q_BTNH: queries; head n reads key/value head n // (N / K).
@@ -57,6 +58,8 @@ def attention(
     query_positions_BT: position of each query within its segment.
     key_positions_BS: position of each key within its segment.
     backend: one of BACKENDS; `choose_backend` knows which suits.
+    query_places_T: of self-attention in which the queries are one of S / T
+      parts of the row: where in it they lie.
 
   Returns:
     out_BTNH, of the dtype of the queries; zeros where there is nothing to see.
@@ -69,9 +72,9 @@ def attention(
   keys = Tokens(key_segments_BS, key_positions_BS)
   same_row = all(a is b for a, b in zip(queries, keys))
   if backend in ("cudnn", "splash"):
-    if same_row:
+    if same_row or query_places_T is not None:
       kernel = kernels.cudnn if backend == "cudnn" else kernels.splash
-      return kernel(q_BTNH, k_BSKH, v_BSKH, queries.segments)
+      return kernel(q_BTNH, k_BSKH, v_BSKH, queries, keys, query_places_T)
     backend = _xla_backend(k_BSKH.shape[1])
   function = plain if backend == "plain" else blockwise
   return function(q_BTNH, k_BSKH, v_BSKH, queries, keys, same_row)
@@ -85,6 +88,7 @@ def choose_backend(
   head_dim: int,
   dtype: Any,
   query_len: int | None = None,
+  parts: int = 1,
 ) -> tuple[str, str]:
   """The back end to use and, in words, why.
 
@@ -97,6 +101,7 @@ def choose_backend(
     head_dim: size of a head, H.
     dtype: of the queries, keys and values.
     query_len: queries of a row, if not `seq_len`: attention over a cache.
+    parts: of the queries of a row, each on another device.
   """
   _check_name(requested, ("auto", *BACKENDS))
   xla = _xla_backend(seq_len)
@@ -109,7 +114,8 @@ def choose_backend(
   if wanted is None:
     return xla, f"{platform}, rows of {seq_len}"
   reason = None if wanted == kernel else f"{wanted} does not run on {platform}"
-  reason = reason or kernels.unsupported(wanted, seq_len, head_dim, dtype)
+  queries = seq_len // parts
+  reason = reason or kernels.unsupported(wanted, queries, head_dim, dtype)
   if reason is None:
     return wanted, f"{platform}; over a cache: plain or blockwise"
   warnings.warn(f"attention falls back to {xla}: {reason}", stacklevel=2)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of GPU (cuDNN) and TPU (splash attention), and their limits.
 
-Both take self-attention only: queries and keys are the same tokens.
+Both take self-attention only: queries are the tokens of the keys, or an even
+part of them, whose places in the row are given then.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.ops.attention.scores import Tokens, visible
 from moejax.ops.residuals import ATTENTION
 
 Array = jax.Array
@@ -18,17 +20,19 @@ _SPLASH_HEADS = 64  # head sizes are padded to a multiple
 
 
 def unsupported(
-  kernel: str, seq_len: int, head_dim: int, dtype: Any
+  kernel: str, query_len: int, head_dim: int, dtype: Any
 ) -> str | None:
   """Why a kernel cannot take these sizes where it runs; None if it can."""
   if kernel == "splash":
-    if seq_len % _SPLASH_BLOCKS[-1]:
-      return f"splash needs rows of a multiple of 128, not {seq_len}"
+    if query_len % _SPLASH_BLOCKS[-1]:
+      return (
+        f"splash needs rows, or parts, of a multiple of 128, not {query_len}"
+      )
     return None
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return f"cudnn needs bfloat16, not {jnp.dtype(dtype).name}"
-  if seq_len % 2:
-    return f"cudnn needs rows of even length, not {seq_len}"
+  if query_len % 2:
+    return f"cudnn needs rows, or parts, of even length, not {query_len}"
   if head_dim % 8 or head_dim > 128:
     return f"cudnn needs heads of a multiple of 8 up to 128, not {head_dim}"
   return None
@@ -39,30 +43,59 @@ def _zero_padding(out_BTNH: Array, segments_BT: Array) -> Array:
   return jnp.where(segments_BT[:, :, None, None] == 0, 0, out_BTNH)
 
 
-def cudnn(q_BTNH, k_BSKH, v_BSKH, segments_BT):
+def cudnn(
+  q_BTNH: Array, k_BSKH: Array, v_BSKH: Array,
+  queries: Tokens, keys: Tokens, query_places_T: Array | None,
+) -> Array:  # fmt: skip
   # cuDNN knows lengths but not segments: those become a bias of [B, 1, T, S].
-  same_BTS = segments_BT[:, :, None] == segments_BT[:, None]
+  if query_places_T is None:
+    mask_BTS = queries.segments[:, :, None] == keys.segments[:, None]
+  else:
+    mask_BTS = visible(queries, keys)
   out_BTNH = jax.nn.dot_product_attention(
-    q_BTNH, k_BSKH, v_BSKH, mask=same_BTS[:, None], is_causal=True,
-    implementation="cudnn",
+    q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None],
+    is_causal=query_places_T is None, implementation="cudnn",
   )  # fmt: skip
-  return _zero_padding(out_BTNH, segments_BT)
+  return _zero_padding(out_BTNH, queries.segments)
 
 
-def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
+def splash(
+  q_BTNH: Array, k_BSKH: Array, v_BSKH: Array,
+  queries: Tokens, keys: Tokens, query_places_T: Array | None,
+  interpret: bool = False,
+) -> Array:  # fmt: skip
   from jax.experimental.pallas.ops.tpu import splash_attention as lib
 
   T, N, H = q_BTNH.shape[1:]
-  scaled = q_BTNH * H**-0.5
+  scaled, dtype = q_BTNH * H**-0.5, q_BTNH.dtype
   # Zeros add nothing to a score, and the zeros that they give are cut off.
   more = ((0, 0),) * 3 + ((0, -H % _SPLASH_HEADS),)
   q_BTNH, k_BSKH, v_BSKH = (jnp.pad(x, more) for x in (scaled, k_BSKH, v_BSKH))
+  kernel = _splash_kernel(lib, N, T, k_BSKH.shape[1], interpret)
+  if query_places_T is not None:
+    kernel = _part_of_mask(kernel, k_BSKH.shape[1] // T, query_places_T[0] // T)
+
+  def one_row(q_TNH, k_SKH, v_SKH, segments_T, segments_S):
+    q_NTH, k_KSH, v_KSH = (x.transpose(1, 0, 2) for x in (q_TNH, k_SKH, v_SKH))
+    segments = lib.SegmentIds(segments_T, segments_S)
+    return kernel(q_NTH, k_KSH, v_KSH, segments).transpose(1, 0, 2)
+
+  out_BTNH = jax.vmap(one_row)(
+    q_BTNH, k_BSKH, v_BSKH, queries.segments, keys.segments
+  )
+  out_BTNH = out_BTNH[..., :H].astype(dtype)
+  return _zero_padding(out_BTNH, queries.segments)
+
+
+def _splash_kernel(lib: Any, N: int, T: int, S: int, interpret: bool) -> Any:
+  """For queries [N, T, H] over keys [K, S, H] of a row, with all its mask."""
   block = next(b for b in _SPLASH_BLOCKS if T % b == 0)
-  mask = lib.MultiHeadMask([lib.CausalMask((T, T))] * N)
   # The backward kernel writes a part of d_q for each of its blocks of keys.
-  wide = next(n for n in (4, 2, 1) if T % (n * block) == 0) * block
-  kernel = lib.make_splash_mha_single_device(
-    mask,
+  wide = next(n for n in (4, 2, 1) if S % (n * block) == 0) * block
+  parts = S // T
+  return lib.make_splash_mha(
+    lib.MultiHeadMask([lib.CausalMask((S, S), shard_count=parts)] * N),
+    head_shards=1, q_seq_shards=parts,
     block_sizes=lib.BlockSizes(
       block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=wide,
       block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
@@ -71,13 +104,13 @@ def splash(q_BTNH, k_BSKH, v_BSKH, segments_BT, interpret=False):
     interpret=interpret,
   )  # fmt: skip
 
-  def one_row(q_TNH, k_SKH, v_SKH, segments_T):
-    q_NTH, k_KSH, v_KSH = (x.transpose(1, 0, 2) for x in (q_TNH, k_SKH, v_SKH))
-    out_NTH = kernel(
-      q_NTH, k_KSH, v_KSH, lib.SegmentIds(segments_T, segments_T)
-    )
-    return out_NTH.transpose(1, 0, 2)
 
-  out_BTNH = jax.vmap(one_row)(q_BTNH, k_BSKH, v_BSKH, segments_BT)
-  out_BTNH = out_BTNH[..., :H].astype(q_BTNH.dtype)
-  return _zero_padding(out_BTNH, segments_BT)
+def _part_of_mask(kernel: Any, parts: int, index: Array) -> Any:
+  """The kernel for one of so many parts of the queries."""
+
+  def cut(x):
+    axis = 0 if x.ndim == 1 else 1  # places of queries; [heads, T, S] in blocks
+    size = x.shape[axis] // parts
+    return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+  return jax.tree.map(cut, kernel)
