@@ -212,8 +212,9 @@ def test_one_that_is_lost_ends_the_others_by_name(place, alone, lost, number):
   assert who in errors
   how = "is dead" if number == signal.SIGKILL else "gave no sign of life"
   assert how in errors
-  run_all(place, 2, run, *TWO)
-  assert_same_training(metrics(place, run), alone)
+  if lost == 1:  # the checkpoints are the same ones, whoever is lost
+    run_all(place, 2, run, *TWO)
+    assert_same_training(metrics(place, run), alone)
 
 
 def test_a_lost_leader_on_another_host_is_named(place, tmp_path):
