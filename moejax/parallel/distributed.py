@@ -100,7 +100,6 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
       *given, initialization_timeout=args.join_timeout + 30,
       heartbeat_timeout_seconds=args.lost_after + 20,
     )  # fmt: skip
-    return jax.process_index(), jax.process_count()
   except (ValueError, RuntimeError) as e:
     reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
     raise UserError(
@@ -109,6 +108,10 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
     ) from e
   finally:
     clock.cancel()
+  try:
+    return jax.process_index(), jax.process_count()
+  except RuntimeError as e:
+    raise UserError(f"no devices: {str(e).splitlines()[0]}") from e
 
 
 def _not_joined(args: argparse.Namespace) -> None:

@@ -21,6 +21,13 @@ EXIT_PEER_LOST = 76  # EX_PROTOCOL; the same command goes on
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
+def _set_on_abort(handler: Any) -> ctypes.c_void_p:
+  """Sets C's handler of SIGABRT; returns the one before, to be set again."""
+  libc = ctypes.CDLL(None)
+  libc.signal.restype = ctypes.c_void_p
+  return ctypes.c_void_p(libc.signal(signal.SIGABRT, handler))
+
+
 class Peers:
   """Writes `processes/I.json`, and ends this process when another is lost.
 
@@ -53,18 +60,19 @@ class Peers:
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._on_abort = _Handler(self._abort)  # as long as C may call it
+    self._first: dict[str, Any] | None = None  # what process 0 last said
 
   def __enter__(self) -> Self:
     self._folder.mkdir(parents=True, exist_ok=True)
     self._write(None)
     # JAX aborts in a thread without Python when process 0 is lost: too late for
     # a handler of the module `signal`.
-    ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+    self._before_abort = _set_on_abort(self._on_abort)
     self._thread.start()
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    ctypes.CDLL(None).signal(signal.SIGABRT, None)
+    _set_on_abort(self._before_abort)
     self._stop.set()
     self._thread.join()
     if kind is None:
@@ -94,16 +102,19 @@ class Peers:
     os.write(2, text.encode())
 
   def _abort(self, signum: int) -> None:
-    """Called while a library ends this process, whose own words stand above."""
-    if (lost := self._lost()) is not None:
-      self.say(lost)
-      os._exit(EXIT_PEER_LOST)
-    first = self._read(0)
-    if first is not None and self._index != 0:
-      self.say(
-        "aborted by what is said above; a lost leader or coordinator is "
-        f"process 0 (pid {first['pid']} on {first['host']})"
+    """A library ends this process, and has said why in words of its own.
+
+    From memory alone: the run's disk may have been on the host that is lost.
+    """
+    _set_on_abort(self._before_abort)
+    if self._index and self._first is not None:
+      text = (
+        f"\nmoejax: process {self._index} of {self._count} was aborted, as said "
+        "above; a leader or coordinator that is lost is process 0 (pid "
+        f"{self._first['pid']} on {self._first['host']})\n"
       )
+      os.write(2, text.encode())
+    os.kill(os.getpid(), signum)  # abort() does so itself; another sender not
 
   def _watch(self) -> None:
     while not self._stop.wait(BEAT / 4):
@@ -125,6 +136,8 @@ class Peers:
     found = self._read(index)
     if found is None:
       return None
+    if index == 0:
+      self._first = found
     who = f"process {index} (pid {found['pid']} on {found['host']})"
     if found["ended"] is not None:
       return f"{who} ended: {found['ended']}"

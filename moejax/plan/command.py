@@ -23,8 +23,9 @@ def main(argv: list[str]) -> int:
       raise UserError(
         f"nothing fits {args.topology}; take more chips, or a smaller batch"
       )
-    config, found = ranked[0]
-    print("\nthe fastest that fits:\n  " + " ".join(_options(config)) + "\n")
+    given, (config, found) = config, ranked[0]
+    options = _options(config, given)
+    print("\nthe fastest that fits:\n  " + " ".join(options) + "\n")
   else:
     print(f"compiling for {args.topology}, a minute or more...", flush=True)
     found = cached_plan(config, args.topology, args.fresh)
@@ -65,10 +66,13 @@ def _price(text: str) -> float:
   return price
 
 
-def _options(config) -> list[str]:
-  """What to write on the command line."""
-  sizes = {a: getattr(config.parallel, a) for a in config.parallel.AXES}
-  options = [f"--config.parallel.{a}={n}" for a, n in sizes.items() if n > 1]
-  if config.parallel.overlap != "kernels":
-    options.append(f"--config.parallel.overlap={config.parallel.overlap}")
+def _options(config, given) -> list[str]:
+  """What to write on the command line, for what was given."""
+  names = (*config.parallel.AXES, "overlap")
+  sizes = {a: getattr(config.parallel, a) for a in names}
+  changed = [a for a in names if sizes[a] != getattr(given.parallel, a)]
+  shown = [a for a in config.parallel.AXES if sizes[a] > 1]
+  options = [
+    f"--config.parallel.{a}={sizes[a]}" for a in names if a in changed + shown
+  ]
   return [*options, f"--config.model.remat={config.model.remat}"]

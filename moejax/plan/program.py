@@ -59,6 +59,15 @@ class Instruction:
     found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
     return found.group(1) if found else None
 
+  @property
+  def branches(self) -> list[str]:
+    """The computations of a conditional."""
+    found = re.search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
+    if found:
+      return re.findall(r"%([\w.\-]+)", found.group(1))
+    named = self.called("true_computation"), self.called("false_computation")
+    return [name for name in named if name]
+
   @functools.cached_property
   def scope(self) -> str:
     """Where in the traced program it came from."""

@@ -23,7 +23,7 @@ def describe(config: Config, plan: Plan, price: float | None = None) -> str:
     *_memory(config, plan),
     *_time(config, plan),
     *_network(plan),
-    *(("not counted", what) for what in plan.roofline.unknown),
+    *(("uncertain", what) for what in plan.roofline.unknown),
     *_bill(config, plan, price),
     ("compiled in", f"{plan.compiled_in:.0f} s"),
   ]

@@ -16,12 +16,12 @@ from moejax.parallel import shardings
 from moejax.plan.cache import CompilerAborts, cached_plan
 from moejax.plan.compiled import DoesNotFit, Plan
 from moejax.plan.report import HEADER, mesh_name, summary
-from moejax.plan.topology import devices_of
+from moejax.plan.topology import devices_of, platform_of
 
 REMATS = ("full", "exchange", "experts", "dots", "none")
+ONE = dict.fromkeys(ParallelConfig.AXES, 1)
 _BEST = 2  # meshes for which other remat policies are tried
 _GIVE_UP = 2  # sizes of an axis in a row that were slower than the best
-_COPIES = (2, 4, 8, 16, 32)
 
 
 def search(
@@ -42,20 +42,24 @@ def search(
   Raises:
     ConfigError: no mesh of that many devices is possible.
   """
-  meshes = list(candidates(config, len(devices_of(topology))))
+  size = len(devices_of(topology))
+  meshes = list(candidates(config, size))
   if not meshes:
+    plain = dataclasses.replace(config.parallel, **ONE | {"fsdp": size})
     raise ConfigError(
-      f"no mesh of {len(devices_of(topology))} devices divides batch_size="
-      f"{config.train.batch_size} and the model; use another batch size"
+      f"no mesh of {size} devices divides batch_size="
+      f"{config.train.batch_size} and the model; with fsdp={size}: "
+      f"{_refusal_by(config)(plain)}"
     )
   print(f"{len(meshes)} meshes or more, a minute or more each", flush=True)
   print(HEADER, flush=True)
   tries = _Tries(config, topology, fresh)
-  tries.climb(meshes, math.inf)
+  for _, group in itertools.groupby(meshes, lambda mesh: mesh.sequence > 1):
+    tries.climb(group, math.inf)
   if tries.found:
     fastest = tries.ranked()[0]
-    copies = _copies(fastest[0].parallel, _COPIES, _rule(config))
-    tries.climb(copies, _seconds(fastest))
+    copies = _copies(fastest[0].parallel, _refusal_by(config))
+    tries.climb(itertools.islice(copies, 1, None), _seconds(fastest))
   for (candidate, _), remat in itertools.product(
     tries.ranked()[:_BEST], REMATS[1:]
   ):
@@ -94,7 +98,7 @@ class _Tries:
     try:
       made = cached_plan(candidate, self.topology, self.fresh)
     except CompilerAborts as e:
-      if overlap != "kernels":
+      if overlap != "kernels" or platform_of(self.topology) != "tpu":
         print(line + str(e), flush=True)
         return math.inf
       # What one step of a model meets, the others do as a rule.
@@ -121,47 +125,40 @@ def candidates(config: Config, size: int) -> Iterator[ParallelConfig]:
   for split in _divisors(size):
     if rows % (size // split) == 0:
       break
-  allowed = _rule(config)
+  refusal = _refusal_by(config)
   for axis in ("tensor", "sequence") if split > 1 else ("tensor",):
     for expert in _divisors(size // split):
-      sizes = {
-        "data": 1, "fsdp": size // split // expert, "expert": expert,
-        "tensor": 1, "sequence": 1, axis: split,
-      }  # fmt: skip
-      whole = dataclasses.replace(config.parallel, **sizes)
-      copies = _copies(whole, (1, *_COPIES), allowed)
-      yield from itertools.islice(copies, 1)
+      sizes = {"fsdp": size // split // expert, "expert": expert, axis: split}
+      whole = dataclasses.replace(config.parallel, **ONE | sizes)
+      yield from itertools.islice(_copies(whole, refusal), 1)
 
 
 def _copies(
-  parallel: ParallelConfig,
-  numbers: Iterable[int],
-  allowed: Callable[[ParallelConfig], bool],
+  parallel: ParallelConfig, refusal: Callable[[ParallelConfig], str | None]
 ) -> Iterator[ParallelConfig]:
-  """The same with so many times the copies of the parameters."""
-  for number in numbers:
-    if parallel.fsdp % number == 0:
-      split = dataclasses.replace(
-        parallel, data=parallel.data * number, fsdp=parallel.fsdp // number
-      )
-      if allowed(split):
-        yield split
+  """The same, and with more and more copies of the parameters."""
+  for number in _divisors(parallel.fsdp):
+    split = dataclasses.replace(
+      parallel, data=parallel.data * number, fsdp=parallel.fsdp // number
+    )
+    if refusal(split) is None:
+      yield split
 
 
-def _rule(config: Config) -> Callable[[ParallelConfig], bool]:
-  """Whether the batch, the model and each parameter divide by a mesh."""
+def _refusal_by(config: Config) -> Callable[[ParallelConfig], str | None]:
+  """Why a mesh cannot be: what of the batch or the model does not divide."""
   boxed = boxed_variables(build(config.model))
 
-  def allowed(parallel: ParallelConfig) -> bool:
+  def refusal(parallel: ParallelConfig) -> str | None:
     sizes = tuple(getattr(parallel, axis) for axis in ParallelConfig.AXES)
     try:
       dataclasses.replace(config, parallel=parallel)
       shardings(AbstractMesh(sizes, ParallelConfig.AXES), boxed)
-    except ConfigError:
-      return False
-    return True
+    except ConfigError as e:
+      return str(e)
+    return None
 
-  return allowed
+  return refusal
 
 
 def _with(config: Config, parallel: ParallelConfig, remat: str) -> Config:

@@ -239,7 +239,7 @@ def test_a_lost_leader_on_another_host_is_named(place, tmp_path):
   first.communicate()
   assert other.returncode != 0
   assert f"process 0 (pid {first.pid} on {socket.gethostname()})" in errors
-  assert "Start all again with the same command" in errors
+  assert "process 1 of 2 was aborted, as said above" in errors
 
 
 def test_a_mistake_ends_all_with_one_line(place):

@@ -33,6 +33,7 @@ FALLBACKS = [
   ("tpu", "auto", 1000, 128, jnp.bfloat16, "multiple of 128, not 1000"),
   ("gpu", "auto", 1024, 64, jnp.float32, "bfloat16, not float32"),
   ("gpu", "auto", 1024, 256, jnp.bfloat16, "up to 128, not 256"),
+  ("gpu", "auto", 1 << 16, 64, jnp.bfloat16, "mask would be 65536 x 65536"),
   ("gpu", "cudnn", 1023, 64, jnp.bfloat16, "even length, not 1023"),
   ("cpu", "splash", 1024, 64, jnp.float32, "does not run on cpu"),
 ]

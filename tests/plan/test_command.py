@@ -143,6 +143,12 @@ def test_meshes_that_are_tried():
   assert all(p.num_devices == 8 for p in found)
   assert [p.expert for p in found] == [1, 2, 4]
   assert {p.tensor for p in found} == {1}
+  # Of 96 and twice as much, a power of two alone would leave no mesh.
+  large = cli.parse_config(
+    str(ROOT / "configs/olmoe_1b_7b.py"), ["--config.train.batch_size=192"]
+  )
+  found = [(p.data, p.fsdp) for p in candidates(large, 96)]
+  assert found[0] == (3, 32)
   # Fewer rows than devices: heads or tokens are split as well.
   few = dataclasses.replace(
     config, train=dataclasses.replace(config.train, batch_size=2)

@@ -48,6 +48,17 @@ def test_loops_in_loops():
   assert total_flops(text) == 4 * 5 * 2 * 8 * 32 * 32
 
 
+def test_a_branch_is_its_longest_side():
+  def some(x, w, chosen):
+    sides = [lambda x, w: x, lambda x, w: x @ w, lambda x, w: x @ w @ w]
+    return jax.lax.switch(chosen.sum().astype(int), sides, x, w)
+
+  text = compiled(some, (8, 32), (32, 32), (3,)).as_text()
+  assert total_flops(text) == 2 * 2 * 8 * 32 * 32
+  (what,) = walk(text).unknown
+  assert what.startswith("a branch, counted as its longest side")
+
+
 def test_a_loop_of_unknown_length_is_named():
   def grow(x):
     return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x + 1, x)

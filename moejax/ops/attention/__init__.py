@@ -114,8 +114,8 @@ def choose_backend(
   if wanted is None:
     return xla, f"{platform}, rows of {seq_len}"
   reason = None if wanted == kernel else f"{wanted} does not run on {platform}"
-  queries = seq_len // parts
-  reason = reason or kernels.unsupported(wanted, queries, head_dim, dtype)
+  sizes = seq_len // parts, seq_len, head_dim
+  reason = reason or kernels.unsupported(wanted, *sizes, dtype)
   if reason is None:
     return wanted, f"{platform}; over a cache: plain or blockwise"
   warnings.warn(f"attention falls back to {xla}: {reason}", stacklevel=2)

@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.ops.attention.scores import Tokens, visible
+from moejax.ops.attention.scores import Tokens
 from moejax.ops.residuals import ATTENTION
 
 Array = jax.Array
 
 _SPLASH_BLOCKS = (512, 256, 128)
 _SPLASH_HEADS = 64  # head sizes are padded to a multiple
+_CUDNN_MASK = 4 << 30  # bytes of a row's
 
 
 def unsupported(
-  kernel: str, query_len: int, head_dim: int, dtype: Any
+  kernel: str, query_len: int, seq_len: int, head_dim: int, dtype: Any
 ) -> str | None:
   """Why a kernel cannot take these sizes where it runs; None if it can."""
   if kernel == "splash":
@@ -33,6 +34,8 @@ def unsupported(
     return f"cudnn needs bfloat16, not {jnp.dtype(dtype).name}"
   if query_len % 2:
     return f"cudnn needs rows, or parts, of even length, not {query_len}"
+  if 2 * query_len * seq_len > _CUDNN_MASK:
+    return f"cudnn's mask would be {query_len} x {seq_len} a row"
   if head_dim % 8 or head_dim > 128:
     return f"cudnn needs heads of a multiple of 8 up to 128, not {head_dim}"
   return None
@@ -48,10 +51,9 @@ def cudnn(
   queries: Tokens, keys: Tokens, query_places_T: Array | None,
 ) -> Array:  # fmt: skip
   # cuDNN knows lengths but not segments: those become a bias of [B, 1, T, S].
-  if query_places_T is None:
-    mask_BTS = queries.segments[:, :, None] == keys.segments[:, None]
-  else:
-    mask_BTS = visible(queries, keys)
+  mask_BTS = queries.segments[:, :, None] == keys.segments[:, None]
+  if query_places_T is not None:
+    mask_BTS &= queries.positions[:, :, None] >= keys.positions[:, None]
   out_BTNH = jax.nn.dot_product_attention(
     q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None],
     is_causal=query_places_T is None, implementation="cudnn",
