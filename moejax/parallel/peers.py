@@ -60,7 +60,7 @@ class Peers:
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._on_abort = _Handler(self._abort)  # as long as C may call it
-    self._first: dict[str, Any] | None = None  # what process 0 last said
+    self._known: dict[int, dict[str, Any]] = {}  # what each last said
 
   def __enter__(self) -> Self:
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,11 +107,15 @@ class Peers:
     From memory alone: the run's disk may have been on the host that is lost.
     """
     _set_on_abort(self._before_abort)
-    if self._index and self._first is not None:
+    for index, found in self._known.items():
+      if _is_dead(found):
+        self.say(f"{_who(index, found)} is dead")
+        os._exit(EXIT_PEER_LOST)
+    if 0 in self._known:
       text = (
-        f"\nmoejax: process {self._index} of {self._count} was aborted, as said "
-        "above; a leader or coordinator that is lost is process 0 (pid "
-        f"{self._first['pid']} on {self._first['host']})\n"
+        f"\nmoejax: process {self._index} of {self._count} was aborted, as "
+        "said above; a leader or coordinator that is lost is "
+        f"{_who(0, self._known[0])}\n"
       )
       os.write(2, text.encode())
     os.kill(os.getpid(), signum)  # abort() does so itself; another sender not
@@ -136,14 +140,12 @@ class Peers:
     found = self._read(index)
     if found is None:
       return None
-    if index == 0:
-      self._first = found
-    who = f"process {index} (pid {found['pid']} on {found['host']})"
+    self._known[index] = found
+    who = _who(index, found)
     if found["ended"] is not None:
       return f"{who} ended: {found['ended']}"
-    if found["host"] == socket.gethostname():
-      if process_start(found["pid"]) != found["process_start"]:
-        return f"{who} is dead"
+    if _is_dead(found):
+      return f"{who} is dead"
     # The file's own time is compared with itself: clocks of hosts differ.
     touched, now = found["touched"], time.monotonic()
     if index not in self._seen or self._seen[index][0] != touched:
@@ -177,3 +179,13 @@ class Peers:
 
   def _path(self, index: int) -> Path:
     return self._folder / f"{index}.json"
+
+
+def _who(index: int, found: dict[str, Any]) -> str:
+  return f"process {index} (pid {found['pid']} on {found['host']})"
+
+
+def _is_dead(found: dict[str, Any]) -> bool:
+  """Of this host, and runs no longer; others only their files can tell of."""
+  here = found["host"] == socket.gethostname()
+  return here and process_start(found["pid"]) != found["process_start"]
