@@ -118,7 +118,7 @@ class Peers:
         f"{_who(0, self._known[0])}\n"
       )
       os.write(2, text.encode())
-    os.kill(os.getpid(), signum)  # abort() does so itself; another sender not
+    signal.raise_signal(signum)  # in this thread, when it leaves here
 
   def _watch(self) -> None:
     while not self._stop.wait(BEAT / 4):
