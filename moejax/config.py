@@ -819,7 +819,7 @@ def _field(cls: type, name: str, where: str) -> dataclasses.Field:
     raise ConfigError(
       f"no option {dotted!r}; {where or 'config'} has {', '.join(fields)}"
     )
-  best = near[0] if "." in near[0] or not where else f"{where}.{near[0]}"
+  best = f"{where}.{near[0]}" if where and near[0] in fields else near[0]
   raise ConfigError(f"no option {dotted!r}; did you mean {best!r}?")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax import data as data_lib
 from moejax import runs
+from moejax.checkpoint import processes
 from moejax.cli import add_config_arguments, parse_config
 from moejax.config import (
   Config,
@@ -62,6 +63,11 @@ def main(argv: list[str]) -> int:
   if args.workdir is None:
     raise ConfigError("--workdir=DIR is missing: where the run shall live")
   with distributed.joined(args, args.workdir):
+    # Each would train its own model in part, and nothing would look wrong.
+    if unlike := processes.unlike_first(config.to_dict()):
+      raise ConfigError(
+        f"{'; '.join(unlike[:3])}; start all with the same command"
+      )
     return train(config, args.workdir)
 
 

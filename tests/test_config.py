@@ -67,6 +67,7 @@ def test_values_from_the_command_line(path, text, value):
     ("model.num_layer", "4", "did you mean 'model.num_layers'?"),
     ("num_layers", "4", "did you mean 'model.num_layers'?"),
     ("modle.num_layers", "4", "did you mean 'model'?"),
+    ("train.seed", "4", "did you mean 'seed'?"),
     ("model.num_layers", "4.5", "model.num_layers='4.5' must be int"),
     ("model.num_layers", "true", "must be int"),
     ("model.scan_layers", "1", "must be true or false"),

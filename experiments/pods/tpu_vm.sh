@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # A run on a Cloud TPU pod slice, from a machine with gcloud. Each host has the
-# repository in ~/moejax (installed with '.[tpu]') and the workdir on a disk
-# that all share:
+# repository in ~/moejax (installed with '.[tpu]'); the workdir and the token
+# store that `moejax data prepare` made lie on a disk that all share. The run ends
+# with this command: start it in tmux.
 #
 #   experiments/pods/tpu_vm.sh my-slice us-east5-a \
 #     configs/olmoe_1b_7b.py /mnt/shared/runs/olmoe \
+#     --config.data.store=/mnt/shared/token_store \
 #     --config.parallel.expert=8 --config.parallel.fsdp=8
 set -euo pipefail
 

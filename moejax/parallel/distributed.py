@@ -9,6 +9,7 @@ others, so that the end of one ends all, with a message that names it.
 import argparse
 import contextlib
 import os
+import re
 import secrets
 import sys
 import threading
@@ -90,6 +91,10 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
       "--coordinator, --num-processes and --process-id go together; "
       "--distributed alone finds them on Cloud TPU, Slurm, GKE and Open MPI"
     )
+  if args.coordinator and not re.fullmatch(r".+:\d+", args.coordinator):
+    raise UserError(
+      f"--coordinator={args.coordinator} is not HOST:PORT, such as node-0:12355"
+    )
   # JAX ends a process whose time is up by a crash: our clock is to be first,
   # here as in the watch that names who is lost.
   clock = threading.Timer(args.join_timeout, _not_joined, [args])
@@ -101,7 +106,7 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
       heartbeat_timeout_seconds=args.lost_after + 20,
     )  # fmt: skip
   except (ValueError, RuntimeError) as e:
-    reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:200].rstrip(".")
     raise UserError(
       f"cannot join other processes: {reason}; name them by --coordinator, "
       "--num-processes and --process-id"

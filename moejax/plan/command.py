@@ -10,7 +10,7 @@ from moejax.errors import UserError
 from moejax.plan.cache import cached_plan
 from moejax.plan.report import describe
 from moejax.plan.search import search
-from moejax.plan.topology import EXAMPLES
+from moejax.plan.topology import EXAMPLES, devices_of
 
 
 def main(argv: list[str]) -> int:
@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
   args, config = _parse(argv)
   jax.config.update("jax_platforms", "cpu")  # no chip is used
   if args.search:
+    print("searching; config.parallel's sizes and model.remat are not used")
     ranked = search(config, args.topology, args.fresh)
     if not ranked:
       raise UserError(
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     options = _options(config, given)
     print("\nthe fastest that fits:\n  " + " ".join(options) + "\n")
   else:
+    devices_of(args.topology)
     print(f"compiling for {args.topology}, a minute or more...", flush=True)
     found = cached_plan(config, args.topology, args.fresh)
   print(describe(config, found, args.price))

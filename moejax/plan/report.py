@@ -77,7 +77,8 @@ def _memory(config: Config, plan: Plan):
     ("kept for backward", memory.kept),
     ("temporary", memory.temporary),
   ):
-    yield name, format_bytes(size)
+    if size:  # without a loop over layers, the last are temporary
+      yield name, format_bytes(size)
   yield "a device needs", format_bytes(memory.total) + _limit(plan)
   if config.parallel.expert > 1:
     yield "room for rows", _room(config)
@@ -119,8 +120,11 @@ def _time(config: Config, plan: Plan):
     f"{line.flops:.3g} a step, {line.flops / model:.2f} times the model's",
   )
   yield "HBM traffic", f"{line.bytes:.3g} bytes a step"
-  yield "bound by arithmetic", f"{line.compute:.3g} s"
-  yield "bound by memory", f"{line.memory:.3g} s"
+  yield (
+    "instructions",
+    f"{line.compute:.3g} s of those that arithmetic bounds, "
+    f"{line.memory:.3g} s of those that memory bounds",
+  )
   yield (
     "collectives",
     f"{line.waits:.3g} s waited for, {line.hidden:.3g} s beside other work",
@@ -139,13 +143,21 @@ def _time(config: Config, plan: Plan):
 
 
 def _network(plan: Plan):
-  for t in plan.roofline.traffic:
-    if t.bytes < 1e6:
-      continue
+  large = [t for t in plan.roofline.traffic if t.bytes >= 1e6]
+  small = [t for t in plan.roofline.traffic if t.bytes < 1e6]
+  for t in large:
     yield (
       f"  over {', '.join(t.axes)}",
       f"{t.kind} {format_bytes(t.bytes)} in {t.runs} calls, "
       f"{t.seconds:.3g} s, of which {t.waits:.3g} s waited for",
+    )
+  if small:
+    yield (
+      "  others",
+      f"{format_bytes(sum(t.bytes for t in small))} in "
+      f"{sum(t.runs for t in small)} calls, "
+      f"{sum(t.seconds for t in small):.3g} s, of which "
+      f"{sum(t.waits for t in small):.3g} s waited for",
     )
 
 

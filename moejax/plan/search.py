@@ -51,7 +51,8 @@ def search(
       f"{config.train.batch_size} and the model; with fsdp={size}: "
       f"{_refusal_by(config)(plain)}"
     )
-  print(f"{len(meshes)} meshes or more, a minute or more each", flush=True)
+  tries = f"{len(meshes)} meshes and copies of them, then remat policies"
+  print(f"{tries}: a minute or more each, ten to twenty of them", flush=True)
   print(HEADER, flush=True)
   tries = _Tries(config, topology, fresh)
   for _, group in itertools.groupby(meshes, lambda mesh: mesh.sequence > 1):

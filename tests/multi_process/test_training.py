@@ -242,6 +242,17 @@ def test_a_lost_leader_on_another_host_is_named(place, tmp_path):
   assert "process 1 of 2 was aborted, as said above" in errors
 
 
+def test_processes_of_different_settings_do_not_train(place):
+  port, rate = free_port(), "--config.optimizer.learning_rate=0.5"
+  (first,) = start(place, 2, "unlike", *TWO, port=port, indices=[0])
+  (other,) = start(place, 2, "unlike", *TWO, rate, port=port, indices=[1])
+  (_, _, said), (status, _, errors) = finish([first, other])
+  assert status == 2
+  assert "optimizer.learning_rate=0.5 here, 0.01 in process 0" in errors
+  assert "process 1 (pid" in said and "learning_rate=0.5 here" in said
+  assert not (place / "unlike" / "checkpoints").exists()
+
+
 def test_a_mistake_ends_all_with_one_line(place):
   done = finish(start(place, 2, "wrong", "--config.parallel.expert=4"))
   for index, (status, _, errors) in enumerate(done):
@@ -271,6 +282,15 @@ def test_no_cluster_to_be_found(place):
   assert done.returncode == 2
   assert "cannot join other processes: " in done.stderr
   assert done.stderr.count("\n") == 1
+
+
+def test_an_address_without_a_port(place):
+  done = moejax(
+    place, "train", "--config=config.py", "--workdir=nowhere",
+    "--coordinator=localhost", "--num-processes=2", "--process-id=0",
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert done.stderr.count("\n") == 1 and "is not HOST:PORT" in done.stderr
 
 
 def test_half_an_address(place):
