@@ -107,7 +107,13 @@ class Peers:
     From memory alone: the run's disk may have been on the host that is lost.
     """
     _set_on_abort(self._before_abort)
-    for index, found in self._known.items():
+    try:
+      self._name_the_lost()
+    finally:
+      signal.raise_signal(signum)  # in this thread, when it leaves here
+
+  def _name_the_lost(self) -> None:
+    for index, found in list(self._known.items()):
       if _is_dead(found):
         self.say(f"{_who(index, found)} is dead")
         os._exit(EXIT_PEER_LOST)
@@ -118,7 +124,6 @@ class Peers:
         f"{_who(0, self._known[0])}\n"
       )
       os.write(2, text.encode())
-    signal.raise_signal(signum)  # in this thread, when it leaves here
 
   def _watch(self) -> None:
     while not self._stop.wait(BEAT / 4):
