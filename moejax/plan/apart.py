@@ -2,6 +2,8 @@
 """A compiler that aborts ends a process; here, not this one."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,12 +27,19 @@ def run_apart(function: Callable[..., Any], *args: Any) -> Any:
     Whatever the function raises.
   """
   context = multiprocessing.get_context("spawn")
-  with ProcessPoolExecutor(1, context, _on_cpu) as pool:
+  with ProcessPoolExecutor(1, context, _prepare) as pool:
     try:
       return pool.submit(function, *args).result()
     except BrokenProcessPool as e:
       raise Crashed from e
 
 
-def _on_cpu() -> None:
+def _prepare() -> None:
   jax.config.update("jax_platforms", "cpu")  # no chip is used
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A killed command leaves no compiler at work."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
