@@ -576,7 +576,9 @@ class ParallelConfig:
     1, "as `fsdp`, but experts stay where they are and tokens go to them"
   )
   tensor: int = option(1, "parts of each head group, expert and dense layer")
-  sequence: int = option(1, "parts of each row; keys and values are gathered")
+  sequence: int = option(
+    1, "parts of each row; attention sees whole rows of some heads"
+  )
   exchange: str = option(
     "auto",
     "how tokens reach experts: all_to_all (rows go to where they are wanted), "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from moejax.config import ModelConfig
 from moejax.models.backends import Backends
 from moejax.models.layers import rms_norm, scale, weight
-from moejax.models.placement import TOKENS, Axes
+from moejax.models.placement import TOKENS, Axes, OneDevice
 from moejax.models.rope import rope
 from moejax.models.rows import Context, LayerCache
 from moejax.ops.attention import attention, choose_backend
@@ -107,44 +107,66 @@ def clip_qkv(config: ModelConfig, x: Array) -> Array:
   return jnp.clip(x, -bound, bound) if bound else x
 
 
+def rows_whole(placement: OneDevice, kv_heads: int) -> bool:
+  """Whether attention sees rows whole where devices have parts of them.
+
+  Each then has some of the heads for that (DeepSpeed-Ulysses, Jacobs et al.
+  2023, arXiv:2309.14509), as much work as any other. Too few heads of keys are
+  gathered instead, and each has its part of the queries.
+  """
+  ways = placement.parts("heads_of_rows")
+  return placement.parts("tokens") == 1 or kv_heads % ways == 0
+
+
 def attend(
   backends: Backends, q_BTNH: Array, kv: LayerCache, context: Context
 ) -> Array:
   """Attention over `kv`: the rows' own tokens, or all that is cached.
 
-  Each device has its rows, heads and queries, and all keys of its rows.
+  Each device has its rows, heads and queries, and all keys of its rows; or, as
+  `rows_whole` says, fewer heads and all queries.
   """
-  rows, keys = context.rows, context.keys
-  placement = backends.placement
+  rows, keys, placement = context.rows, context.keys, backends.placement
   queries = rows.segment_ids_BT, rows.positions_BT
-  if keys is not None:
-    read = keys.segment_ids_BS, keys.positions_BS
-  else:
-    read = queries
-  parts = placement.parts("tokens")
-  S, H = kv.k_BSKH.shape[1], q_BTNH.shape[3]
+  read = queries if keys is None else (keys.segment_ids_BS, keys.positions_BS)
+  S, K = kv.k_BSKH.shape[1:3]
+  whole = keys is None and rows_whole(placement, K)
+  # One key for all heads (latent attention) is whole on each device.
+  kv_heads = None if K == 1 else "kv_heads"
+  query_axes = Axes("batch", "tokens", "heads", None)
+  key_axes = Axes("batch", None, kv_heads, None)
+  token_axes = TOKENS
+  values = kv
+  if whole and placement.parts("tokens") > 1:
+    # Said before and after, or the products beside would be gathered.
+    stay = Axes("batch", "tokens", kv_heads, None)
+    values = jax.tree.map(lambda x: placement.constrain(x, stay), kv)
+    q_BTNH = placement.constrain(q_BTNH, query_axes)
+    query_axes = key_axes = Axes("batch", None, "heads_of_rows", None)
+    token_axes = Axes("batch", None)
+  parts = 1 if whole else placement.parts("tokens")
   backend, _ = choose_backend(
-    backends.platform, backends.attention, seq_len=S, head_dim=H,
-    dtype=q_BTNH.dtype, parts=parts,
+    backends.platform, backends.attention, seq_len=S,
+    head_dim=q_BTNH.shape[3], dtype=q_BTNH.dtype, parts=parts,
   )  # fmt: skip
 
   def local(q_BTNH, k_BSKH, v_BSKH, queries, read, places_T):
-    if keys is None and parts == 1:
-      read = queries
     return attention(
       q_BTNH, k_BSKH, v_BSKH,
-      query_segments_BT=queries[0], key_segments_BS=read[0],
-      query_positions_BT=queries[1], key_positions_BS=read[1],
+      query_segments_BT=queries[0], query_positions_BT=queries[1],
+      key_segments_BS=queries[0] if whole else read[0],
+      key_positions_BS=queries[1] if whole else read[1],
       backend=backend,
-      query_places_T=places_T if keys is None and parts > 1 else None,
+      query_places_T=places_T if keys is None and not whole else None,
     )  # fmt: skip
 
-  query_axes = Axes("batch", "tokens", "heads", None)
-  # One key for all heads (latent attention) is whole on each device.
-  one = kv.k_BSKH.shape[2] == 1
-  key_axes = Axes("batch", None, None if one else "kv_heads", None)
-  return placement.local(
+  y_BTNH = placement.local(
     local,
-    (query_axes, key_axes, key_axes, TOKENS, Axes("batch"), Axes("tokens")),
+    (query_axes, key_axes, key_axes, token_axes, Axes("batch"),
+     Axes(token_axes[1])),
     query_axes,
-  )(q_BTNH, kv.k_BSKH, kv.v_BSKH, queries, read, jnp.arange(q_BTNH.shape[1]))
+  )(
+    q_BTNH, values.k_BSKH, values.v_BSKH, queries, read,
+    jnp.arange(q_BTNH.shape[1]),
+  )  # fmt: skip
+  return placement.constrain(y_BTNH, Axes("batch", "tokens", "heads", None))

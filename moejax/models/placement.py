@@ -5,7 +5,8 @@ Models speak of logical axes only; `moejax.parallel` knows which of a mesh's
 axes each is split over.
 
 of activations  batch, tokens, heads, kv_heads, mlp, expert, and
-                spread_tokens: tokens split as far as they can be
+                spread_tokens: tokens split as far as they can be,
+                heads_of_rows: heads, where rows are whole instead
 of parameters   embed, vocab (split where they are stored, whole where they are
                 used), heads, kv_heads, mlp, expert, and mlp_rows: hidden
                 channels of experts' output weights, split further where stored

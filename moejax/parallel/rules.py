@@ -21,6 +21,7 @@ USED = {
   "spread_tokens": ("sequence", "tensor"),
   "expert": ("expert",),
   "heads": ("tensor",),
+  "heads_of_rows": ("tensor", "sequence"),
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
   "mlp_rows": ("tensor",),

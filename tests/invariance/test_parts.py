@@ -11,7 +11,10 @@ from moejax.config import Config
 from moejax.models import build, init_variables
 from moejax.parallel import build_on_mesh, make_mesh
 from moejax.step import batch_sums
-from tests.invariance.cells import MESHES, B, T, V, batch, error, norm
+from tests.invariance import cells
+from tests.invariance.cells import B, T, V, batch, error, norm
+
+MESHES = cells.MESHES | {"sequence2-tp2": {"sequence": 2, "tensor": 2}}
 
 PARTS = {
   # Hunyuan-Large: keys of another layer.
@@ -78,9 +81,17 @@ def loss_and_gradients(config):
   return jax.device_get(compute(given["params"], batch()))
 
 
+CASES = [
+  *((name, mesh) for name in PARTS for mesh in ("fsdp2-ep2-tp2", "sequence2")),
+  # Four devices a row: of two heads of keys they gather, four they split.
+  ("shared keys", "sequence2-tp2"),
+  ("blockwise attention", "sequence2-tp2"),
+  ("latents", "sequence2-tp2"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp2-ep2-tp2", "sequence2"])
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name, mesh", CASES)
 def test_split_or_not_it_is_the_same(name, mesh):
   loss, grads = loss_and_gradients(config_of(name, mesh, "ragged"))
   want, want_grads = loss_and_gradients(config_of(name, "one", "dense"))

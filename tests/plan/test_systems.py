@@ -133,13 +133,15 @@ def test_rows_travel_four_times(experts):
 
 @pytest.mark.tpu
 @pytest.mark.slow
-def test_parts_of_rows_attend_by_the_kernel():
-  """Two devices a row, each half of the queries and all keys."""
+@pytest.mark.parametrize("kv_heads", [16, 1])
+def test_parts_of_rows_attend_by_the_kernel(kv_heads):
+  """Two devices a row: half of the heads each, or half of the queries."""
   options = ["fsdp=2", "sequence=2", "overlap=other"]
   config = cli.parse_config(
     str(ROOT / "configs/olmoe_1b_7b.py"),
     [f"--config.parallel.{x}" for x in options]
-    + ["--config.train.batch_size=4", "--config.model.remat=dots"],
+    + ["--config.train.batch_size=4", "--config.model.remat=dots"]
+    + [f"--config.model.num_kv_heads={kv_heads}"],
   )
   compiled, *_ = compile_for(shortened(config, repeats=2), "v5p:2x2x1")
   text = compiled.as_text()
