@@ -22,6 +22,8 @@ from moejax.checkpoint import processes
 from moejax.errors import UserError
 from moejax.parallel.peers import EXIT_PEER_LOST, Peers
 
+_SILENT = 2.0  # seconds of waiting before it is said
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Options of a command that runs in many processes."""
@@ -97,9 +99,11 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
     )
   # JAX ends a process whose time is up by a crash: our clock is to be first,
   # here as in the watch that names who is lost.
+  patience = threading.Timer(_SILENT, _still_joining, [args])
   clock = threading.Timer(args.join_timeout, _not_joined, [args])
-  clock.daemon = True
-  clock.start()
+  for timer in (patience, clock):
+    timer.daemon = True
+    timer.start()
   try:
     jax.distributed.initialize(
       *given, initialization_timeout=args.join_timeout + 30,
@@ -112,11 +116,20 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
       "--num-processes and --process-id"
     ) from e
   finally:
+    patience.cancel()
     clock.cancel()
   try:
     return jax.process_index(), jax.process_count()
   except RuntimeError as e:
     raise UserError(f"no devices: {str(e).splitlines()[0]}") from e
+
+
+def _still_joining(args: argparse.Namespace) -> None:
+  where = args.coordinator or "the coordinator"
+  print(
+    f"waiting for the others at {where}, up to {args.join_timeout} s...",
+    flush=True,
+  )
 
 
 def _not_joined(args: argparse.Namespace) -> None:

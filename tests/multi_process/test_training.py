@@ -268,8 +268,9 @@ def test_nobody_there(place, index):
   (done,) = finish(
     start(place, 2, "nobody", "--join-timeout=3", indices=[index]), timeout=60
   )
-  status, _, errors = done
+  status, said, errors = done
   assert status == 2
+  assert "waiting for the others at localhost:" in said
   lines = [x for x in errors.splitlines() if x.startswith("moejax")]
   assert len(lines) == 1
   assert f"process {index} could not join the others at localhost" in lines[0]
