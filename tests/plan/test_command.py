@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -182,6 +183,25 @@ def test_a_search_goes_on_when_the_compiler_aborts(monkeypatch, capsys):
   assert tries.attempt(config.parallel, "dots") == math.inf
   assert asked == ["kernels", "other", "other"]
   assert "from here on overlap=other" in capsys.readouterr().out
+
+
+def test_every_way_to_split_a_row_is_searched(monkeypatch):
+  """Splitting heads gets slower; splitting tokens is tried all the same."""
+  config = cli.parse_config(
+    str(ROOT / "configs/tiny.py"), ["--config.train.batch_size=16"]
+  )
+  module = importlib.import_module("moejax.plan.search")
+
+  def seconds(config, topology, fresh):
+    slow = 10 if config.parallel.tensor > 1 else 1
+    found = slow * config.parallel.expert
+    return SimpleNamespace(roofline=SimpleNamespace(seconds=found))
+
+  monkeypatch.setattr(module, "cached_plan", seconds)
+  monkeypatch.setattr(module, "summary", lambda config, plan: "")
+  monkeypatch.setattr(module, "devices_of", lambda topology: range(32))
+  (best, _), *_ = module.search(config, "v5e:4x8")
+  assert (best.parallel.sequence, best.parallel.tensor) == (2, 1)
 
 
 @pytest.mark.tpu
