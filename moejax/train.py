@@ -24,6 +24,7 @@ from moejax.config import (
   ParallelConfig,
   default_config,
   describe_options,
+  differences,
 )
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
@@ -64,9 +65,11 @@ def main(argv: list[str]) -> int:
     raise ConfigError("--workdir=DIR is missing: where the run shall live")
   with distributed.joined(args, args.workdir):
     # Each would train its own model in part, and nothing would look wrong.
-    if unlike := processes.unlike_first(config.to_dict()):
+    mine = config.to_dict()
+    if changed := differences(processes.settings_of_first(mine), mine):
       raise ConfigError(
-        f"{'; '.join(unlike[:3])}; start all with the same command"
+        f"not the settings of process 0: {'; '.join(changed[:3])}; start all "
+        "with the same command"
       )
     return train(config, args.workdir)
 

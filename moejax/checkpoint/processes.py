@@ -27,36 +27,21 @@ def from_first(value: int) -> int:
   return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
-def unlike_first(settings: dict[str, Any]) -> list[str]:
-  """What process 0 has otherwise, in words; main thread only.
+def settings_of_first(settings: dict[str, Any]) -> dict[str, Any]:
+  """Process 0's, on all; main thread only.
 
   Args:
-    settings: nested dicts of what JSON can say.
+    settings: this process's, as JSON can say them.
   """
   if jax.process_count() == 1:
-    return []
+    return settings
   from jax.experimental import multihost_utils
 
   mine = np.frombuffer(json.dumps(settings).encode(), np.uint8)
   size = from_first(len(mine))
-  sent = np.zeros(size, np.uint8)
-  if is_first():
-    sent = mine
-  got = bytes(np.asarray(multihost_utils.broadcast_one_to_all(sent), np.uint8))
-  here, there = _flat(settings), _flat(json.loads(got))
-  return [
-    f"{key}={here[key]!r} here, {there[key]!r} in process 0"
-    for key in sorted(here.keys() & there.keys())
-    if json.dumps(here[key]) != json.dumps(there[key])
-  ] or [f"{key}: not in both" for key in sorted(here.keys() ^ there.keys())]
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-  leaves = jax.tree_util.tree_leaves_with_path(
-    settings, is_leaf=lambda x: not isinstance(x, dict)
-  )
-  name = jax.tree_util.keystr
-  return {name(path, simple=True, separator="."): x for path, x in leaves}
+  sent = mine if is_first() else np.zeros(size, np.uint8)
+  got = multihost_utils.broadcast_one_to_all(sent)
+  return json.loads(np.asarray(got, np.uint8).tobytes())
 
 
 def all_true(value: bool) -> bool:

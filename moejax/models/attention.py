@@ -107,15 +107,15 @@ def clip_qkv(config: ModelConfig, x: Array) -> Array:
   return jnp.clip(x, -bound, bound) if bound else x
 
 
-def rows_whole(placement: OneDevice, kv_heads: int) -> bool:
-  """Whether attention sees rows whole where devices have parts of them.
+def query_parts(placement: OneDevice, kv_heads: int) -> int:
+  """How many parts of a row's queries attention sees, each on another device.
 
-  Each then has some of the heads for that (DeepSpeed-Ulysses, Jacobs et al.
-  2023, arXiv:2309.14509), as much work as any other. Too few heads of keys are
-  gathered instead, and each has its part of the queries.
+  Devices that split rows take whole rows of some of the heads for it (one part;
+  DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): as much work for
+  each. Too few heads of keys are gathered instead.
   """
-  ways = placement.parts("heads_of_rows")
-  return placement.parts("tokens") == 1 or kv_heads % ways == 0
+  divide = kv_heads % placement.parts("heads_of_rows") == 0
+  return 1 if divide else placement.parts("tokens")
 
 
 def attend(
@@ -124,13 +124,14 @@ def attend(
   """Attention over `kv`: the rows' own tokens, or all that is cached.
 
   Each device has its rows, heads and queries, and all keys of its rows; or, as
-  `rows_whole` says, fewer heads and all queries.
+  `query_parts` says, fewer heads and all queries.
   """
   rows, keys, placement = context.rows, context.keys, backends.placement
   queries = rows.segment_ids_BT, rows.positions_BT
   read = queries if keys is None else (keys.segment_ids_BS, keys.positions_BS)
   S, K = kv.k_BSKH.shape[1:3]
-  whole = keys is None and rows_whole(placement, K)
+  parts = query_parts(placement, K)
+  whole = keys is None and parts == 1
   # One key for all heads (latent attention) is whole on each device.
   kv_heads = None if K == 1 else "kv_heads"
   query_axes = Axes("batch", "tokens", "heads", None)
@@ -144,7 +145,6 @@ def attend(
     q_BTNH = placement.constrain(q_BTNH, query_axes)
     query_axes = key_axes = Axes("batch", None, "heads_of_rows", None)
     token_axes = Axes("batch", None)
-  parts = 1 if whole else placement.parts("tokens")
   backend, _ = choose_backend(
     backends.platform, backends.attention, seq_len=S,
     head_dim=q_BTNH.shape[3], dtype=q_BTNH.dtype, parts=parts,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from moejax.config import ModelConfig
 from moejax.dispatch import DISPATCHES
-from moejax.models.attention import rows_whole
+from moejax.models.attention import query_parts
 from moejax.models.backends import Backends
 from moejax.models.block import Block, Repeat
 from moejax.models.layers import Norm, weight
@@ -179,13 +179,11 @@ def choose_backends(
 def describe_backends(model: Transformer, seq_len: int) -> list[str]:
   """One line for each thing that is computed differently by platform."""
   cfg, backends = model.config, model.backends
-  placement = backends.placement
   _, matmul = matmul_ops.choose_backend(backends.platform, cfg.moe.matmul)
   name, reason = attention_ops.choose_backend(
     backends.platform, backends.attention, seq_len=seq_len,
     head_dim=cfg.head_dim, dtype=jnp.dtype(cfg.dtype),
-    parts=1 if rows_whole(placement, cfg.num_kv_heads)
-    else placement.parts("tokens"),
+    parts=query_parts(backends.placement, cfg.num_kv_heads),
   )  # fmt: skip
   return [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
 

@@ -51,8 +51,11 @@ def search(
       f"{config.train.batch_size} and the model; with fsdp={size}: "
       f"{_refusal_by(config)(plain)}"
     )
-  tries = f"{len(meshes)} meshes and copies of them, then remat policies"
-  print(f"{tries}: a minute or more each, ten to twenty of them", flush=True)
+  print(
+    f"{len(meshes)} meshes and copies of them, then remat policies: ten to "
+    "twenty plans, a minute or more each",
+    flush=True,
+  )
   print(HEADER, flush=True)
   tries = _Tries(config, topology, fresh)
   for _, group in itertools.groupby(meshes, lambda mesh: mesh.sequence > 1):

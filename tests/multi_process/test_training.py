@@ -248,8 +248,9 @@ def test_processes_of_different_settings_do_not_train(place):
   (other,) = start(place, 2, "unlike", *TWO, rate, port=port, indices=[1])
   (_, _, said), (status, _, errors) = finish([first, other])
   assert status == 2
-  assert "optimizer.learning_rate=0.5 here, 0.01 in process 0" in errors
-  assert "process 1 (pid" in said and "learning_rate=0.5 here" in said
+  what = "settings of process 0: optimizer.learning_rate: 0.01 -> 0.5; start"
+  assert what in errors
+  assert "process 1 (pid" in said and what in said
   assert not (place / "unlike" / "checkpoints").exists()
 
 

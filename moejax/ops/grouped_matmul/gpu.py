@@ -91,9 +91,10 @@ def _ragged_dot(x, y, group_sizes_E, dimensions, dtype):
           preferred_element_type=dtype,
           implementation=implementation,
         )
-    # ValueError: newer versions know no "triton" without jax-triton. Any other
-    # mistake is said by the warning, and again by lax.ragged_dot.
     except (NotImplementedError, ValueError, ExceptionGroup) as e:
+      # Newer versions do not know "triton" where jax-triton is missing.
+      if isinstance(e, ValueError) and "Unknown implementation" not in str(e):
+        raise
       reasons = "; ".join(map(str, getattr(e, "exceptions", [e])))
       warnings.warn(
         f"grouped_matmul: tokamax has no kernel for {x.dtype} {x.shape} x "
