@@ -19,7 +19,7 @@ from moejax.data import builder, load_tokenizer, open_stores, prepare
 from moejax.data.parts import is_validation
 from moejax.data.store import read_manifest
 from moejax.errors import DataError
-from tests.data.helpers import contents, quiet, write_corpus
+from tests.data.corpora import contents, quiet, write_corpus
 
 
 def config_for(folder, **options):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from moejax.__main__ import main
-from tests.data.helpers import write_corpus
+from tests.data.corpora import write_corpus
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from moejax.data import (
 )
 from moejax.data.packing import model_inputs
 from moejax.errors import DataError
-from tests.data.helpers import make_stores
+from tests.data.corpora import make_stores
 
 B = 8
 

@@ -18,7 +18,7 @@ from moejax.data import (
 )
 from moejax.data.store import TokenStore, read_manifest, store_path
 from moejax.errors import DataError
-from tests.data.helpers import make_stores
+from tests.data.corpora import make_stores
 
 
 @pytest.fixture(scope="module")

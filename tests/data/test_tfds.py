@@ -10,7 +10,7 @@ import pytest
 from moejax.config import DataConfig
 from moejax.data import load_tokenizer, open_stores, prepare, sources
 from moejax.errors import DataError
-from tests.data.helpers import quiet
+from tests.data.corpora import quiet
 
 tfds = pytest.importorskip("tensorflow_datasets")
 TEXTS = {f"doc {n}": f"text number {n}: " + "word " * n for n in range(40)}

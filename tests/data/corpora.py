@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of `moejax.data` share."""
+"""Corpora, and stores prepared of them, for the tests of `moejax.data`."""
 
 import hashlib
 import json
