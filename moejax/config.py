@@ -98,7 +98,9 @@ class MoEConfig:
     "path in any importable file",
   )
   dispatch: str = option(
-    "ragged", "how tokens reach experts: ragged (dropless) or dense (reference)"
+    "ragged",
+    "how tokens reach experts: ragged (exactly the rows there are), padded "
+    "(buffers of the router's capacity) or dense (reference); the same results",
   )
   matmul: str = option(
     "auto", "grouped matmul back end; auto chooses by platform"
@@ -113,7 +115,9 @@ class MoEConfig:
     require(
       self.num_shared_experts >= 0, "model.moe.num_shared_experts is negative"
     )
-    require_choice("model.moe.dispatch", self.dispatch, ("ragged", "dense"))
+    require_choice(
+      "model.moe.dispatch", self.dispatch, ("ragged", "padded", "dense")
+    )
     require_choice(
       "model.moe.matmul", self.matmul,
       ("auto", "reference", "cpu", "cpu_loops", "tpu", "gpu"),
@@ -514,6 +518,15 @@ class LossConfig:
   load_balance_scope: str = option(
     "global", "where loads are counted: the global batch, or each sequence"
   )
+  sequence_balance: float = option(
+    0.0, "weight of a second one, of each sequence (DeepSeek-V3, with a bias)"
+  )
+  mutual_information: float = option(
+    0.0, "weight of minus the mutual information of tokens and experts"
+  )
+  router_entropy: float = option(
+    0.0, "weight of the mean entropy of the router's probabilities"
+  )
   router_z: float = option(0.001, "weight of the router z-loss")
   router_reduction: str = option(
     "mean", "router losses count as their mean over routers, or sum (JetMoE)"
@@ -530,7 +543,10 @@ class LossConfig:
       "loss.router_reduction", self.router_reduction, ("mean", "sum")
     )
     require_positive("loss", self, "chunk_size")
-    for name in ("z_loss", "load_balance", "router_z"):
+    for name in (
+      "z_loss", "load_balance", "sequence_balance", "mutual_information",
+      "router_entropy", "router_z",
+    ):  # fmt: skip
       require(getattr(self, name) >= 0, f"loss.{name} is negative")
 
 
