@@ -21,6 +21,7 @@ COMMANDS = {
     "moejax.convert.command",
     "Hugging Face checkpoints to runs and back",
   ),
+  "sweep": ("moejax.sweep.command", "run many configs, compare them on a page"),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }

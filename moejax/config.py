@@ -776,6 +776,28 @@ def set_option(config: ml_collections.ConfigDict, path: str, text: str) -> None:
   The schema gives the type, so `1e-3`, `true`, `3,4` and `none` mean what the
   option needs and nothing else.
   """
+  set_value(config, path, _parse_text(option_at(path).type, text, path))
+
+
+def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+  """Sets `path` (dotted) of a ConfigDict, if the value has the option's type.
+
+  Raises:
+    ConfigError: no such option, or another type.
+  """
+  value = _check_type(option_at(path).type, value, path)
+  *parents, name = path.split(".")
+  for parent in parents:
+    config = config[parent]
+  config[name] = value
+
+
+def option_at(path: str) -> dataclasses.Field:
+  """The option's field of the schema.
+
+  Raises:
+    ConfigError: there is none of this name, or it is a section.
+  """
   cls: type = Config
   *parents, name = path.split(".")
   for depth, parent in enumerate(parents):
@@ -785,10 +807,7 @@ def set_option(config: ml_collections.ConfigDict, path: str, text: str) -> None:
   field = _field(cls, name, ".".join(parents))
   if dataclasses.is_dataclass(field.type):
     raise ConfigError(f"{path} is a section; set {path}.<option>=<value>")
-  value = _parse_text(field.type, text, path)
-  for parent in parents:
-    config = config[parent]
-  config[name] = value
+  return field
 
 
 def describe_options(cls: type = Config, prefix: str = "") -> list[str]:

@@ -36,17 +36,30 @@ def render(run: RunData, sections: dict[str, list[Chart]]) -> str:
     if charts:
       body.append(f"<h2>{escape(heading)}</h2>" if heading else "")
       body.append(_dropped_note(run) if heading == "Routing" else "")
-      cards = "".join(_card(chart) for chart in charts)
+      cards = "".join(card(chart) for chart in charts)
       body.append(f'<div class="cards">{cards}</div>')
   body += [_samples(run), _details(run)]
-  title = f"{run.name}: {word}"
+  footer = (
+    "Written by <code>moejax report</code> from the logs in the run's folder."
+  )
+  return document(f"{run.name}: {word}", body, footer)
+
+
+def document(title: str, body: list[str], footer: str, extra: str = "") -> str:
+  """A whole page that needs no network.
+
+  Args:
+    title: text.
+    body: parts in HTML; empty ones are left out.
+    footer: HTML.
+    extra: further HTML for the head, such as styles.
+  """
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>\n</head>\n"
-    f"<body>\n<main>\n{chr(10).join(part for part in body if part)}\n"
-    "<footer>Written by <code>moejax report</code> from the logs in the run's "
-    "folder.</footer>\n</main>\n</body>\n</html>\n"
+    f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>{extra}\n"
+    f"</head>\n<body>\n<main>\n{chr(10).join(part for part in body if part)}\n"
+    f"<footer>{footer}</footer>\n</main>\n</body>\n</html>\n"
   )
 
 
@@ -81,7 +94,8 @@ def _tiles(run: RunData) -> str:
   return f'<div class="tiles" style="{columns}">{"".join(cells)}</div>'
 
 
-def _card(chart: Chart) -> str:
+def card(chart: Chart) -> str:
+  """A chart under its title and note."""
   kind = "hero" if chart.size == HERO else "full" if chart.size[0] > 800 else ""
   pictures = _svg(chart, narrow=False)
   if chart.narrow_size is not None:
