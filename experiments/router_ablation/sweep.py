@@ -5,7 +5,7 @@ from moejax.sweep import Sweep
 
 
 def get_sweep():
-  """`configs/tiny.py` with 8 experts, 2 a token where the router lets us say."""
+  """`configs/tiny.py`: 8 experts, 2 a token where the router lets us say."""
   routers = {
     "top_k": "top_k(k=2)",
     "top_k_renormalised": "top_k(k=2, renormalize=True)",

@@ -11,7 +11,6 @@ import numpy as np
 
 from moejax.report.charts import (
   FULL,
-  HERO,
   Chart,
   head_axis,
   number,
@@ -28,6 +27,8 @@ from moejax.sweep.compare import (
   RunResult,
 )
 
+HALF = (FULL - 54) // 2
+
 # Told apart on light and dark pages; further points take dashes.
 COLOURS = (
   "#0b6bb4", "#d9580d", "#098a67", "#a3518c", "#c79a1b", "#3aa6c9", "#c0392b",
@@ -39,8 +40,8 @@ DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 def make_charts(comparison: Comparison) -> list[Chart]:
   """All that there is data for."""
   charts = [
-    final_losses(comparison), loss_curves(comparison),
-    differences(comparison), loss_and_speed(comparison),
+    final_losses(comparison), loss_and_speed(comparison),
+    loss_curves(comparison), differences(comparison),
     router_curves(comparison, "router/max_over_mean", "load",
                   "The busiest expert's load", "Assignments of the busiest "
                   "expert over the fair share, of the worst layer", 1.0),
@@ -91,7 +92,7 @@ def final_losses(comparison: Comparison) -> Chart | None:
   return Chart(
     "final-loss", title, f"Final {what} loss: a dot for each seed, a bar at "
     f"their mean; the dashed line is {comparison.reference}.", draw,
-    (HERO[0], height), (348, height),
+    (HALF, height), (348, height),
   )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def loss_and_speed(comparison: Comparison) -> Chart | None:
   return Chart(
     "loss-speed", "Loss against speed", "Best is right and below. Speed is the "
     "median step's; runs that were at work at once share the machine.", draw,
-    (HERO[0], 420), (348, 320),
+    (HALF, max(216, 70 + 26 * len(found))), (348, 320),
   )  # fmt: skip
 
 
@@ -191,8 +192,10 @@ def router_curves(
 ) -> Chart | None:  # fmt: skip
   """A routing metric of all points over steps; None if it says nothing."""
   curves = {p.name: _bands(p, key) for p in comparison.points}
-  curves = {n: found for n, found in curves.items() if found}
-  if all((high <= least).all() for _, _, _, high in curves.values()):
+  curves = {
+    n: found for n, found in curves.items() if found and found[3].max() > least
+  }
+  if not curves:
     return None
 
   def draw(figure: Any, narrow: bool) -> None:

@@ -157,7 +157,10 @@ STYLES = """<style>
   border-radius: 3px; }
 .links a { color: var(--blue); font-size: 12px; margin-left: 3px; }
 body.picking svg g.other { opacity: 0.1; }
-.cards > .card { grid-column: 1 / -1; }
+.cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+@media (max-width: 700px) {
+  .cards { grid-template-columns: minmax(0, 1fr); }
+}
 </style>"""
 
 SCRIPT = """<script>
