@@ -22,6 +22,10 @@ COMMANDS = {
     "Hugging Face checkpoints to runs and back",
   ),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
+  "scaling": (
+    "moejax.scaling.command",
+    "plan runs for a scaling law, fit it, size a model",
+  ),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }
 
