@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moejax.progress import format_count
-from moejax.report.charts import Chart, head_axis, legend, reference_line
+from moejax.report.charts import Chart, head_axis, number, reference_line
 from moejax.report.style import LIGHT
 from moejax.scaling.fit import ScalingFit, interval
 from moejax.scaling.isoflop import Valley, budgets_of
@@ -20,7 +20,7 @@ AXIS = {
   "active": "active parameters N",
   "non-embedding": "active parameters N, without embedding tables",
 }
-HIGH, WIDE = (740, 500), (900, 430)
+HIGH, WIDE = (740, 500), (980, 420)
 
 
 def make_charts(fit: ScalingFit, budgets: list[float]) -> list[Chart]:
@@ -52,9 +52,9 @@ def isoflop_chart(fit: ScalingFit) -> Chart:
         line = "--" if valley.problem else "-"
         ax.plot(x, parabola(valley, x), line, color=colour, linewidth=1.6)
     ax.plot(
-      [v.params for v in used], [v.loss for v in used], "D", markersize=8,
-      color=LIGHT["orange"], markeredgecolor=LIGHT["card"], zorder=5,
-      label="valley",
+      [v.params for v in used], [v.loss for v in used], "D", markersize=10,
+      color="none", markeredgecolor=LIGHT["orange"], markeredgewidth=2,
+      zorder=5, label="valley",
     )  # fmt: skip
     _count_axis(ax.xaxis)
     ax.set_xlabel(AXIS[fit.count], labelpad=2)
@@ -116,7 +116,8 @@ def power_law_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
       _count_axis(ax.yaxis)
       ax.set_xlabel("compute C, FLOPs", labelpad=2)
       head_axis(ax, unit)
-    figure.axes[0].legend(loc="upper left", borderaxespad=0.2)
+    figure.axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0),
+                          borderaxespad=0.0)  # fmt: skip
 
   n, d = isoflop.frontier.params.exponent, isoflop.frontier.tokens.exponent
   title = f"Best sizes grow as C^{n:.3g}, their tokens as C^{d:.3g}"
@@ -162,14 +163,14 @@ def surface_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
     ax.grid(False)
     ax.set_xlabel(AXIS[fit.count], labelpad=2)
     head_axis(ax, "tokens D")
-    legend(ax)
+    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     bar = figure.colorbar(shown, ax=ax, pad=0.02)
     bar.set_label("loss, nats per token")
     bar.outline.set_visible(False)
 
   title = (
-    f"L = {law.E:.3g} + {law.A:.3g} / N^{law.alpha:.3g} + {law.B:.3g} / "
-    f"D^{law.beta:.3g}"
+    f"L = {number(law.E)} + {number(law.A)} / N^{law.alpha:.3g} + "
+    f"{number(law.B)} / D^{law.beta:.3g}"
   )
   note = (
     "Colour: the fitted loss; dots: runs, in the colour of their measured loss "

@@ -38,7 +38,7 @@ def describe_fit(fit: ScalingFit, budgets: list[float]) -> str:
     f"{len(points)} points of {scientific(tried.min())} to "
     f"{scientific(tried.max())} FLOPs; N counts {COUNT_WORDS[fit.count]}",
     f"their compute: C = {fit.compute.coefficient:.4g} N^"
-    f"{fit.compute.exponent:.4g} D, within {100 * fit.compute_error:.2g}%",
+    f"{fit.compute.exponent:.4g} D, within {100 * fit.compute_error:.1f}%",
     f"intervals: {CONFIDENCE:.0%}, {fit.resamples} resamples, seed {fit.seed}",
     "",
   ]
@@ -80,12 +80,13 @@ def _power_laws(fit: ScalingFit) -> list[str]:
     law = getattr(fit.isoflop.frontier, name)
     drawn = fit.isoflop.resampled
     found = power_law_estimates(law, drawn and getattr(drawn, name))
-    other = getattr(HUNYUAN_LARGE, name)
     ours = f"{letter}_opt = {law.coefficient:.3g} C^{law.exponent:.4g}"
-    lines.append(
-      f"{ours:<26}{_range('exponent', found['exponent']):<34}"
-      f"(Hunyuan-Large: {other.coefficient:g} C^{other.exponent:g})"
-    )
+    lines.append(f"{ours:<26}{_range('exponent', found['exponent'])}")
+  n, d = HUNYUAN_LARGE.params, HUNYUAN_LARGE.tokens
+  lines.append(
+    f"to compare, Hunyuan-Large: N_opt = {n.coefficient} C^{n.exponent}, "
+    f"D_opt = {d.coefficient} C^{d.exponent}"
+  )
   return lines
 
 
@@ -231,7 +232,7 @@ def describe_points(points: list[PlannedPoint]) -> str:
     [
       *lines,
       "",
-      "FLOPs: by the config's own count. 6ND, Hunyuan: 6 N D and "
-      "Hunyuan-Large's 9.59 N D + 2.3e8 D over it.",
+      "FLOPs: by the config's own count. 6ND and Hunyuan: 6 N D and",
+      "Hunyuan-Large's 9.59 N D + 2.3e8 D, over it.",
     ]
   )
