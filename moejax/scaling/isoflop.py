@@ -13,8 +13,8 @@ import dataclasses
 import numpy as np
 
 from moejax.errors import UserError
-from moejax.scaling.laws import Frontier, PowerLaw
-from moejax.scaling.points import Points
+from moejax.scaling.laws import Frontier, LossLaw, PowerLaw
+from moejax.scaling.points import Points, compute_law
 
 # Whole steps put a budget's points a few per cent apart; budgets themselves
 # are apart by much more.
@@ -120,6 +120,27 @@ def fit_isoflop(points: Points, resamples: int, seed: int) -> IsoFlopFit:
   )
   failed = int((~whole).sum())
   return IsoFlopFit(valleys, frontier, resampled, failed, params_RG)
+
+
+def valley_bias(points: Points, law: LossLaw, fit: IsoFlopFit) -> list[float]:
+  """How far off parabolas put the valleys of a law that is known.
+
+  A law's own curve is no parabola where alpha and beta differ, and the wider
+  and the less even the sizes are around the valley, the more (see
+  arXiv:2603.22339).
+
+  Returns:
+    For each budget in use: N_opt by a parabola through the law's loss at the
+    same N and D, over the law's own N_opt of that budget, minus 1.
+  """
+  compute, _ = compute_law(points)
+  found = []
+  for valley, group in zip(fit.valleys, budgets_of(points)):
+    if not valley.problem:
+      params, tokens = points.params[group], points.tokens[group]
+      best, _, _ = parabola_minimum(params, law(params, tokens))
+      found.append(best / law.optimum(valley.flops, compute)[0] - 1)
+  return found
 
 
 def budgets_of(points: Points) -> list[np.ndarray]:

@@ -50,11 +50,23 @@ def params_of(model: ModelConfig, kind: str) -> int:
     kind: `active`, the parameters a token uses, embedding tables included, as
       published systems count them; or `non-embedding`, without the tables.
   """
-  active = count(model).num_active_params
+  active = _active(model)
   if kind == "active":
     return active
   tables = 1 if model.tie_embeddings else 2
   return active - tables * model.vocab_size * model.d_model
+
+
+def _active(model: ModelConfig) -> int:
+  """As `count`, of deep models by two shallow ones: all repeats are alike."""
+  prefix, pattern = len(model.prefix), len(model.pattern)
+  one, two = (
+    count(
+      dataclasses.replace(model, num_layers=prefix + repeats * pattern)
+    ).num_active_params
+    for repeats in (1, 2)
+  )
+  return one + (model.num_repeats - 1) * (two - one)
 
 
 def find_size(config: Config, wanted: float, kind: str) -> Size:

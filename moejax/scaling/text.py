@@ -2,6 +2,7 @@
 """The results in words: tables for people, a dictionary for JSON."""
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from moejax.progress import format_count
@@ -15,6 +16,7 @@ from moejax.scaling.fit import (
   optima,
   power_law_estimates,
 )
+from moejax.scaling.isoflop import valley_bias
 from moejax.scaling.laws import HUNYUAN_LARGE
 from moejax.scaling.sweep import PlannedPoint, scientific
 
@@ -53,7 +55,9 @@ def describe_fit(fit: ScalingFit, budgets: list[float]) -> str:
     notes += fit.parametric.notes
   if fit.isoflop is not None:
     notes += _isoflop_notes(fit)
-  return "\n".join([*lines, *(f"note: {note}" for note in notes)]).rstrip()
+  for note in notes:
+    lines += textwrap.wrap(f"note: {note}", 88, subsequent_indent="  ")
+  return "\n".join(lines).rstrip()
 
 
 def _valleys(fit: ScalingFit) -> list[str]:
@@ -150,6 +154,13 @@ def _isoflop_notes(fit: ScalingFit) -> list[str]:
     notes.append(
       "no interval of the valleys: three sizes a budget leave nothing to tell "
       "the noise from; try five"
+    )
+  if fit.parametric is not None:
+    bias = valley_bias(fit.points, fit.parametric.law, fit.isoflop)
+    notes.append(
+      "on the parametric law's own losses, parabolas would put N_opt "
+      f"{100 * min(bias):+.1f}% to {100 * max(bias):+.1f}% off; intervals do "
+      "not hold this"
     )
   if fit.isoflop.failed:
     notes.append(
