@@ -150,8 +150,10 @@ def surface_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
                edgecolors=LIGHT["card"], linewidths=1.2, **norm)  # fmt: skip
     tried = points.flops
     flops = np.geomspace(tried.min() / 10, max([tried.max() * 10, *budgets]))
-    ax.plot(*law.optimum(flops, fit.compute), color=LIGHT["orange"],
-            linewidth=2.2, label="compute-optimal")  # fmt: skip
+    if fit.parametric.tells_optimum:
+      ax.plot(*law.optimum(flops, fit.compute), color=LIGHT["orange"],
+              linewidth=2.2, label="compute-optimal")  # fmt: skip
+      ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     for group in budgets_of(points):
       budget = np.exp(np.log(tried[group]).mean())
       ax.plot(x, fit.compute.tokens(budget, x), color=LIGHT["card"], alpha=0.7,
@@ -163,7 +165,6 @@ def surface_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
     ax.grid(False)
     ax.set_xlabel(AXIS[fit.count], labelpad=2)
     head_axis(ax, "tokens D")
-    ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     bar = figure.colorbar(shown, ax=ax, pad=0.02)
     bar.set_label("loss, nats per token")
     bar.outline.set_visible(False)

@@ -121,7 +121,10 @@ def fit_points(
 
 
 def optima(fit: ScalingFit, flops: float) -> list[Optimum]:
-  """Compute-optimal sizes at `flops`: the fits' own, then published ones."""
+  """Compute-optimal sizes at `flops`: the fits' own, then published ones.
+
+  A parametric law of which a term is not told by its points has none.
+  """
   found = []
   if fit.isoflop is not None:
     frontier, drawn = fit.isoflop.frontier, fit.isoflop.resampled
@@ -132,7 +135,7 @@ def optima(fit: ScalingFit, flops: float) -> list[Optimum]:
         Estimate.of(frontier.tokens(flops), drawn and drawn.tokens(flops)),
       )
     )
-  if fit.parametric is not None:
+  if fit.parametric is not None and fit.parametric.tells_optimum:
     law, drawn = fit.parametric.law, fit.parametric.resampled
     best = law.optimum(flops, fit.compute)
     others = drawn.optimum(flops, fit.compute)

@@ -163,7 +163,7 @@ def _valley(points: Points, group: np.ndarray) -> Valley:
     problem = f"{len(np.unique(params))} sizes; a parabola needs 3"
   else:
     best, low, coefficients = parabola_minimum(params, loss)
-    problem = _why_no_minimum(params, coefficients[2], best)
+    problem = _why_no_minimum(params, loss, coefficients[2], best)
   found = not problem
   return Valley(
     flops=_geometric_mean(flops),
@@ -178,20 +178,22 @@ def _valley(points: Points, group: np.ndarray) -> Valley:
   )
 
 
-def _why_no_minimum(params: np.ndarray, curvature: float, best: float) -> str:
-  if not curvature > 0:
-    return "its parabola has no minimum; try a wider range of sizes"
-  if best < params.min():
-    return (
-      f"valley below the smallest size tried, {params.min():.3g}; try smaller "
-      "models"
-    )
-  if best > params.max():
-    return (
-      f"valley above the largest size tried, {params.max():.3g}; try larger "
-      "models"
-    )
-  return ""
+def _why_no_minimum(
+  params: np.ndarray, loss: np.ndarray, curvature: float, best: float
+) -> str:
+  lowest = params[loss.argmin()]
+  if curvature > 0 and params.min() <= best <= params.max():
+    return ""
+  start = "its parabola has no minimum"
+  if curvature > 0:
+    lowest = best
+    end = "below the smallest" if best < params.min() else "above the largest"
+    start = f"valley {end} size tried"
+  if lowest <= params.min():
+    return f"{start}; try models of less than {params.min():.3g}"
+  if lowest >= params.max():
+    return f"{start}; try models of more than {params.max():.3g}"
+  return f"{start}; try a wider range of sizes"
 
 
 def _too_few(valleys: list[Valley], used: list[int]) -> str:

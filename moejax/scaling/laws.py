@@ -72,7 +72,8 @@ class LossLaw:
     log_params = (log_ratio + self.beta * np.log(flops / K)) / (
       self.alpha + p * self.beta
     )
-    params = np.exp(log_params)
+    # Laws with next to no exponents put it beyond all numbers.
+    params = np.exp(np.clip(log_params, -300, 300))
     return params, compute.tokens(flops, params)
 
 

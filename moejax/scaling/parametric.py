@@ -40,6 +40,7 @@ class LossFit:
     predicted: L of the law at the points, [P].
     agreeing: starts that ended at the same optimum, of `starts`.
     notes: numbers that the points do not determine.
+    tells_optimum: whether both terms are told; E matters to no optimum.
   """
 
   law: LossLaw
@@ -48,6 +49,7 @@ class LossFit:
   agreeing: int
   starts: int
   notes: tuple[str, ...]
+  tells_optimum: bool
 
 
 def fit_loss(
@@ -88,7 +90,8 @@ def fit_loss(
   resampled = problem.law(np.array(found).reshape(-1, 5).T)
   predicted = law(points.params, points.tokens)
   notes = tuple(problem.undetermined(best))
-  return LossFit(law, resampled, predicted, agreeing, len(starts), notes)
+  tells = all(note.startswith("E ") for note in notes)
+  return LossFit(law, resampled, predicted, agreeing, len(starts), notes, tells)
 
 
 def _check(points: Points) -> None:

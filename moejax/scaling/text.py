@@ -53,6 +53,8 @@ def describe_fit(fit: ScalingFit, budgets: list[float]) -> str:
   notes = [*points.notes, *(f"not fitted: {p}" for p in fit.problems)]
   if fit.parametric is not None:
     notes += fit.parametric.notes
+    if not fit.parametric.tells_optimum:
+      notes.append("so the parametric law tells no optimum")
   if fit.isoflop is not None:
     notes += _isoflop_notes(fit)
   for note in notes:
@@ -155,7 +157,7 @@ def _isoflop_notes(fit: ScalingFit) -> list[str]:
       "no interval of the valleys: three sizes a budget leave nothing to tell "
       "the noise from; try five"
     )
-  if fit.parametric is not None:
+  if fit.parametric is not None and fit.parametric.tells_optimum:
     bias = valley_bias(fit.points, fit.parametric.law, fit.isoflop)
     notes.append(
       "on the parametric law's own losses, parabolas would put N_opt "
@@ -204,6 +206,7 @@ def fit_record(fit: ScalingFit, budgets: list[float]) -> dict[str, Any]:
     record["notes"] += _isoflop_notes(fit)
   if parametric is not None:
     record["parametric"] = _plain(loss_law_estimates(parametric)) | {
+      "tells_optimum": parametric.tells_optimum,
       "starts": parametric.starts,
       "starts_agreeing": int(parametric.agreeing),
     }

@@ -105,6 +105,20 @@ def test_an_entropy_that_the_points_do_not_tell_is_said():
   fit = fit_loss(points_of(law), 0, 0)
   assert len(fit.notes) == 1
   assert fit.notes[0].startswith("E is less than a thousandth")
+  assert fit.tells_optimum
+
+
+def test_points_of_one_side_tell_no_optimum():
+  """Where models are so large that only the tokens matter."""
+  law = LossLaw(1.7, 0.0, 90.0, 0.3, 0.31)
+  points = points_of(LossLaw(1.7, 30.0, 90.0, 0.3, 0.31), noise=1e-3)
+  loss = points.loss - 30 / points.params**0.3
+  np.testing.assert_allclose(loss, law(points.params, points.tokens), rtol=0.01)
+  fit = fit_loss(dataclasses.replace(points, loss=loss), 20, 0)
+  assert not fit.tells_optimum
+  assert "A's term is less than a thousandth" in " ".join(fit.notes)
+  params, tokens = fit.resampled.optimum(1e20)
+  assert np.isfinite(params).all() and np.isfinite(tokens).all()
 
 
 def test_each_draw_is_told_and_the_same_seed_draws_the_same():
