@@ -35,11 +35,13 @@ class Size:
     options: what it sets in the config, by dotted path.
     model: the model that it makes.
     params: N of the kind that was asked for.
+    shape: its width per layer over the config's.
   """
 
   options: dict[str, Any]
   model: ModelConfig
   params: int
+  shape: float
 
 
 def params_of(model: ModelConfig, kind: str) -> int:
@@ -89,7 +91,7 @@ def find_size(config: Config, wanted: float, kind: str) -> Size:
     width = _narrowest(config, wanted, kind, repeats)
     for steps in range(max(1, width - 2), width + 2):
       found.append(scaled(config, steps, repeats, kind))
-  best = min(found, key=lambda size: _badness(config, size, wanted))
+  best = min(found, key=lambda size: _badness(size, wanted))
   if _distance(best.params, wanted) > math.log1p(FARTHEST):
     raise UserError(
       f"no size of this config has {wanted:.3g} {kind} parameters; the nearest "
@@ -129,7 +131,8 @@ def scaled(config: Config, steps: int, repeats: int | None, kind: str) -> Size:
     if model.mla.q_rank:
       options["model.mla.q_rank"] = _width(model.mla.q_rank * factor)
   made = with_options(config, options).model
-  return Size(options, made, params_of(made, kind))
+  shape = factor * model.num_repeats / repeats
+  return Size(options, made, params_of(made, kind), shape)
 
 
 def with_options(config: Config, options: dict[str, Any]) -> Config:
@@ -160,13 +163,11 @@ def _narrowest(
   return high
 
 
-def _badness(config: Config, size: Size, wanted: float) -> float:
+def _badness(size: Size, wanted: float) -> float:
   """How far off in size and shape; one too far off is the last resort."""
-  old, new = config.model, size.model
-  shape = new.d_model / new.num_repeats * old.num_repeats / old.d_model
   off = _distance(size.params, wanted)
   refused = off > math.log1p(FARTHEST)
-  return off + (100 * off if refused else abs(math.log(shape)))
+  return off + (100 * off if refused else abs(math.log(size.shape)))
 
 
 def _distance(params: float, wanted: float) -> float:

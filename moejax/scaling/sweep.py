@@ -28,6 +28,7 @@ class PlannedPoint:
     tokens: D, in whole steps.
     flops: C by the config's own count.
     budget: FLOPs that were asked for.
+    shape: its width per layer over the config's.
   """
 
   name: str
@@ -38,6 +39,7 @@ class PlannedPoint:
   tokens: int
   flops: float
   budget: float
+  shape: float
 
   @property
   def steps(self) -> int:
@@ -124,8 +126,9 @@ def _point(config: Config, size: Size, budget: float) -> PlannedPoint:
   tokens = steps * batch
   active = count(made.model).num_active_params
   return PlannedPoint(
-    name, options, made, size.params, active, tokens, per_token * tokens, budget
-  )
+    name, options, made, size.params, active, tokens, per_token * tokens,
+    budget, size.shape,
+  )  # fmt: skip
 
 
 def _shares(config: Config) -> dict[str, float]:

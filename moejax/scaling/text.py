@@ -27,6 +27,7 @@ METHODS = {
   "chinchilla": "Chinchilla's loss",
   "chinchilla_refitted": "the same, refitted",
 }
+ODD_SHAPE = 1.5  # in width per layer, over the config's: beyond it is said
 COUNT_WORDS = {
   "active": "active parameters, embedding tables included",
   "non-embedding": "active parameters without embedding tables",
@@ -242,11 +243,15 @@ def describe_points(points: list[PlannedPoint]) -> str:
       f"{p.tokens / p.active_params:>7.3g}{p.steps:>8}{scientific(p.flops):>10}"
       f"{p.six_nd / p.flops:>7.2f}{p.hunyuan_large / p.flops:>9.2f}"
     )
-  return "\n".join(
-    [
-      *lines,
-      "",
-      "FLOPs: by the config's own count. 6ND and Hunyuan: 6 N D and",
-      "Hunyuan-Large's 9.59 N D + 2.3e8 D, over it.",
-    ]
-  )
+  lines += [
+    "",
+    "FLOPs: by the config's own count. 6ND and Hunyuan: 6 N D and",
+    "Hunyuan-Large's 9.59 N D + 2.3e8 D, over it.",
+  ]
+  lines += [
+    f"note: {p.name} and all of its size have {p.shape:.2g} times the config's "
+    "width per layer; its loss may not lie on the others' law"
+    for p in points
+    if p.budget == points[0].budget and not 1 / ODD_SHAPE < p.shape < ODD_SHAPE
+  ]
+  return "\n".join(lines)

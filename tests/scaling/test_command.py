@@ -157,6 +157,15 @@ def test_points_are_planned_and_written(tmp_path, capsys):
   assert "6 runs, 1.2e+14 FLOPs together" in told
 
 
+def test_a_size_that_is_no_likeness_is_told(capsys):
+  """Tables take nearly all of it: three layers of width 8."""
+  command = ["scaling", "points", f"--config={CONFIGS / 'tiny.py'}"]
+  assert main([*command, "--budgets=1e12,2e12", "--sizes=1.1e4,4e5"]) == 0
+  notes = [x for x in capsys.readouterr().out.splitlines() if "note" in x]
+  assert len(notes) == 1
+  assert notes[0].startswith("note: c1e12-n9.78e3 and all of its size have")
+
+
 def test_flops_by_three_counts(capsys):
   """Hunyuan-Large: 51.3B active parameters, by 6 N and by its own formula."""
   assert (

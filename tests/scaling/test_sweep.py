@@ -76,6 +76,7 @@ def test_a_family_keeps_what_it_says_it_keeps(name):
     assert new.num_heads / new.num_kv_heads == old.num_heads / old.num_kv_heads
     shape = new.d_model / new.num_repeats / (old.d_model / old.num_repeats)
     assert abs(math.log(shape)) < 0.35
+    assert size.shape == pytest.approx(shape, rel=1e-12)
     assert new.d_model / old.d_model == pytest.approx(
       new.moe.d_expert / old.moe.d_expert, rel=0.1
     )
