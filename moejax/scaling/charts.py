@@ -63,8 +63,9 @@ def isoflop_chart(fit: ScalingFit) -> Chart:
               handletextpad=0.3, borderaxespad=0.0)  # fmt: skip
 
   first, last = used[0], used[-1]
+  word = "grows" if last.params > first.params else "falls"
   title = (
-    f"The best size grows from {format_count(first.params)} at "
+    f"The best size {word} from {format_count(first.params)} at "
     f"{scientific(first.flops, 2)} FLOPs to {format_count(last.params)} at "
     f"{scientific(last.flops, 2)}"
   )

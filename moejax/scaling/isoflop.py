@@ -18,8 +18,8 @@ from moejax.scaling.points import Points, compute_law
 
 # Whole steps put a budget's points a few per cent apart; budgets themselves
 # are apart by much more.
-GAP = 1.15
-SPREAD = 1.3
+GAP = 1.1
+SPREAD = 1.2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ METHODS = {
   "chinchilla_refitted": "the same, refitted",
 }
 ODD_SHAPE = 1.5  # in width per layer, over the config's: beyond it is said
+ODD_COMPUTE = 0.1  # relative error of C = K N^p D
 COUNT_WORDS = {
   "active": "active parameters, embedding tables included",
   "non-embedding": "active parameters without embedding tables",
@@ -51,13 +52,7 @@ def describe_fit(fit: ScalingFit, budgets: list[float]) -> str:
     lines += [*_loss_law(fit), ""]
   for flops in budgets:
     lines += [*_optima(fit, flops), ""]
-  notes = [*points.notes, *(f"not fitted: {p}" for p in fit.problems)]
-  if fit.parametric is not None:
-    notes += fit.parametric.notes
-    if not fit.parametric.tells_optimum:
-      notes.append("so the parametric law tells no optimum")
-  if fit.isoflop is not None:
-    notes += _isoflop_notes(fit)
+  notes = [*(f"not fitted: {p}" for p in fit.problems), *notes_of(fit)]
   for note in notes:
     lines += textwrap.wrap(f"note: {note}", 88, subsequent_indent="  ")
   return "\n".join(lines).rstrip()
@@ -145,6 +140,23 @@ def _range(name: str, estimate: Estimate) -> str:
   return f"{value} ({estimate.low:.4g} to {estimate.high:.4g})"
 
 
+def notes_of(fit: ScalingFit) -> list[str]:
+  """What a reader of the numbers should know beside them."""
+  notes = list(fit.points.notes)
+  if fit.parametric is not None:
+    notes += fit.parametric.notes
+    if not fit.parametric.tells_optimum:
+      notes.append("so the parametric law tells no optimum")
+    elif fit.compute_error > ODD_COMPUTE:
+      notes.append(
+        f"C = K N^p D misses a point by {100 * fit.compute_error:.0f}%, so the "
+        "parametric law's optimum is rough; leave odd shapes out"
+      )
+  if fit.isoflop is not None:
+    notes += _isoflop_notes(fit)
+  return notes
+
+
 def _isoflop_notes(fit: ScalingFit) -> list[str]:
   notes = []
   used = [v for v in fit.isoflop.valleys if not v.problem]
@@ -188,7 +200,7 @@ def fit_record(fit: ScalingFit, budgets: list[float]) -> dict[str, Any]:
     },
     "isoflop": None,
     "parametric": None,
-    "notes": list(fit.points.notes),
+    "notes": notes_of(fit),
     "problems": list(fit.problems),
   }
   if isoflop is not None:
@@ -204,14 +216,12 @@ def fit_record(fit: ScalingFit, budgets: list[float]) -> dict[str, Any]:
       )
       for name in ("params", "tokens")
     }
-    record["notes"] += _isoflop_notes(fit)
   if parametric is not None:
     record["parametric"] = _plain(loss_law_estimates(parametric)) | {
       "tells_optimum": parametric.tells_optimum,
       "starts": parametric.starts,
       "starts_agreeing": int(parametric.agreeing),
     }
-    record["notes"] += parametric.notes
   record["budgets"] = [
     {
       "flops": flops,
