@@ -19,7 +19,7 @@ COMMANDS = {
   ),
   "convert": (
     "moejax.convert.command",
-    "Hugging Face checkpoints to runs and back",
+    "Hugging Face checkpoints to runs and back; upcycling",
   ),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
