@@ -104,8 +104,8 @@ class SliceWeights:
     lines = [f"logits are the dense model's: {what} {mean:.4g}{scaled}"]
     if not _constant(self.noisy_TG):
       lines.append(
-        "note: not so in training, where the router's noise chooses other "
-        "slices of a token; switch it off for the first steps to keep them"
+        "note: not so in training: the router's noise breaks the ties that "
+        "keep slices together; without it they stay for the first step"
       )
     return lines
 

@@ -36,9 +36,10 @@ from moejax.convert.slices import SliceWeights
 from moejax.convert.to_hf import leaf_of
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
-from moejax.models import build, init_variables
+from moejax.models import build
 from moejax.progress import format_bytes, progress_bar
 from moejax.runlock import LOCK_FILE, RunLock
+from moejax.step import init_state
 
 Array = np.ndarray
 ROUTER = "w_router_DE"
@@ -316,15 +317,15 @@ class Upcycling:
     return experts
 
   def _drawn(self, names: Collection[str]) -> dict[str, Array]:
-    """What a fresh run of this config and seed has there."""
+    """What a fresh run of this config and seed begins with there."""
     model = build(self._config.model)
 
     @jax.jit  # drops what is not asked for before it is computed
-    def draw(key):
-      leaves = named_leaves(init_variables(model, key))
+    def draw():
+      leaves = named_leaves(init_state(self._config, model).variables)
       return {name: leaves[name] for name in names}
 
-    drawn = jax.device_get(draw(jax.random.key(self._config.seed)))
+    drawn = jax.device_get(draw())
     return {name: self._grouped(name, leaf) for name, leaf in drawn.items()}
 
   def _grouped(self, name: str, leaf: Array) -> Array:
