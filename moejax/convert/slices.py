@@ -91,17 +91,24 @@ class SliceWeights:
       return float(G)
     return float(G / total)
 
-  def report(self) -> list[str]:
-    """For people: whether logits are those of the dense model, and why."""
+  def report(self, noise: str) -> list[str]:
+    """For people: whether logits are those of the dense model, and why.
+
+    Args:
+      noise: what changes experts otherwise, if anything does.
+    """
     G, factor = self.num_slices, self.factor
-    scaled = f"; down projections are times {factor:g}" if factor != 1 else ""
-    if not self.is_exact:
-      return [f"note: logits are not the dense model's: {self._why()}{scaled}"]
+    scaled = [] if factor == 1 else [f"down projections are times {factor:g}"]
+    if not self.is_exact or noise:
+      why = [] if self.is_exact else [self._why()]
+      why += [noise] if noise else []
+      text = "; ".join(why + scaled)
+      return [f"note: logits are not the dense model's: {text}"]
     what = "a token's weights sum to"
     if G > 1:
       what = f"of a token's weights each of {G} slices gets"
-    mean = self.weight_TG.mean()
-    lines = [f"logits are the dense model's: {what} {mean:.4g}{scaled}"]
+    text = "; ".join([f"{what} {self.weight_TG.mean():.4g}", *scaled])
+    lines = [f"logits are the dense model's: {text}"]
     if not _constant(self.noisy_TG):
       lines.append(
         "note: not so in training: the router's noise breaks the ties that "

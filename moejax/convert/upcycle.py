@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -74,6 +74,14 @@ class Recipe:
     if not 0 < self.noise_std < float("inf"):
       raise ConfigError(f"--noise-std={self.noise_std} must be positive")
 
+  @property
+  def noise_text(self) -> str:
+    """For people; empty without noise."""
+    if not self.noise:
+      return ""
+    drawn = f"are drawn from N(0, {self.noise_std:g})"
+    return f"{self.noise:.0%} of the experts' entries {drawn}"
+
 
 def upcycle(
   source: str | os.PathLike,
@@ -104,6 +112,8 @@ def upcycle(
   source, target = Path(source), Path(target)
   dense = runs.read_config(source).model
   require_fit(source, dense, config.model, recipe.granularity)
+  weights = SliceWeights.of(config.model, recipe.granularity)
+  _require_free(target)
   checkpoints = CheckpointReader(runs.checkpoint_folder(source))
   found, meta, leaves = checkpoints.open_leaves(("params",), step)
   words = runs.read_tokenizer(source, meta)
@@ -121,9 +131,7 @@ def upcycle(
     "seed": config.seed,
   }
   digest = _digest(manifest.read_bytes(), config.model, origin)
-  weights = SliceWeights.of(config.model, recipe.granularity)
   making = Upcycling(dense, config, recipe, weights, leaves)
-  _require_free(target)
   with RunLock(target):
     if is_done(target, digest):
       print(f"{target} holds this checkpoint already")
@@ -134,7 +142,7 @@ def upcycle(
   print(
     f"{target}: {format_bytes(size)} of weights from {source}, step {found}"
   )
-  print("\n".join([*weights.report(), *_noise_line(recipe)]))
+  print("\n".join(weights.report(recipe.noise_text)))
 
 
 def require_fit(
@@ -222,14 +230,6 @@ def _digest(manifest: bytes, model: ModelConfig, origin: dict) -> str:
   options = [dataclasses.asdict(model), origin]
   digest.update(json.dumps(options, sort_keys=True).encode())
   return digest.hexdigest()
-
-
-def _noise_line(recipe: Recipe) -> Iterable[str]:
-  if recipe.noise:
-    yield (
-      f"note: {recipe.noise:.0%} of the experts' entries are drawn from N(0, "
-      f"{recipe.noise_std:g}), so logits are others all the same"
-    )
 
 
 class Upcycling:
