@@ -130,7 +130,7 @@ def upcycle(
     "step": found,
     "seed": config.seed,
   }
-  digest = _digest(manifest.read_bytes(), config.model, origin)
+  digest = _digest(manifest.read_bytes(), config, origin)
   making = Upcycling(dense, config, recipe, weights, leaves)
   with RunLock(target):
     if is_done(target, digest):
@@ -224,10 +224,10 @@ def _require_free(target: Path) -> None:
     )
 
 
-def _digest(manifest: bytes, model: ModelConfig, origin: dict) -> str:
+def _digest(manifest: bytes, config: Config, origin: dict) -> str:
   """What the result depends on; the manifest has digests of the weights."""
   digest = hashlib.sha256(manifest)
-  options = [dataclasses.asdict(model), origin]
+  options = [config.to_dict(), origin]
   digest.update(json.dumps(options, sort_keys=True).encode())
   return digest.hexdigest()
 
@@ -273,8 +273,8 @@ class Upcycling:
     drawn = self._drawn([n for n in pending if self._origin(n) is None])
     with progress_bar("upcycling tensors", len(pending)) as bar:
       for name in pending:
-        leaf = drawn[name] if name in drawn else self._made(name)
-        writer.write(name, leaf)
+        # Without a name, so that it is gone when the next is made.
+        writer.write(name, drawn[name] if name in drawn else self._made(name))
         bar.advance()
     writer.commit(converted_meta(self._config, words, digest) | more)
 
