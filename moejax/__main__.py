@@ -19,7 +19,7 @@ COMMANDS = {
   ),
   "convert": (
     "moejax.convert.command",
-    "Hugging Face checkpoints to runs and back",
+    "Hugging Face checkpoints to runs and back; upcycling",
   ),
   "sweep": ("moejax.sweep.command", "run many configs, compare them on a page"),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),

@@ -26,12 +26,8 @@ LAYERS = {
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "
-<<<<<<< HEAD
-    "generate describe report data.command finetune analysis plan convert sweep scaling"
-=======
     "generate describe report data.command finetune analysis plan convert "
-    "scaling"
->>>>>>> 7f1caf0d98406d25bf1229401e83e525b4a471cd
+    "sweep scaling"
   ),
 }
 RANK = {
