@@ -74,8 +74,15 @@ def main(argv: list[str]) -> int:
     return train(config, args.workdir)
 
 
-def train(config: Config, workdir: str | os.PathLike) -> int:
+def train(
+  config: Config, workdir: str | os.PathLike, report: bool = True
+) -> int:
   """Trains to `train.num_steps`, from the newest checkpoint if there is one.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    report: whether to draw its page at the end.
 
   Returns:
     0 when finished, `EXIT_SAVED` when stopped by SIGTERM or SIGINT after
@@ -115,7 +122,10 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
-        _finish(workdir, config, tokenizer)
+        if first:
+          runs.write_files(workdir, config, tokenizer)
+        if report:
+          _report(workdir)
         return 0
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
@@ -124,7 +134,8 @@ def train(config: Config, workdir: str | os.PathLike) -> int:
       if first:
         runs.write_files(workdir, config, tokenizer)
       stopped = loop.run(train_step, guard)
-    _report(workdir)
+    if report:
+      _report(workdir)
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")
     return EXIT_SAVED
@@ -197,12 +208,6 @@ def _fresh_state(
 
 def _on_host(tree: Any) -> Any:
   return jax.tree.map(np.asarray, tree)
-
-
-def _finish(workdir: Path, config: Config, tokenizer: Tokenizer) -> None:
-  if jax.process_index() == 0:
-    runs.write_files(workdir, config, tokenizer)
-  _report(workdir)
 
 
 def _report(workdir: Path) -> None:

@@ -37,6 +37,9 @@ def place(tmp_path_factory):
   """A folder that looks like a checkout to relative paths."""
   place = tmp_path_factory.mktemp("checkout")
   shutil.copytree(ROOT / "configs", place / "configs")
+  for code in blocks("python"):
+    if name := re.match(r"# (my_\w+\.py)", code):
+      (place / name[1]).write_text(code)
   return place
 
 

@@ -134,13 +134,10 @@ STATS = Partial(Axes("batch"), over=("tokens",))
 def router_weights(module: nn.Module, config: ModelConfig) -> RouterWeights:
   """The parameters and the state of a layer's own router."""
   D, E = config.d_model, config.moe.num_experts
-  matrix = lambda name, width: weight(
-    module, name, (D, width), ROUTER.w_DE, config.init_std
-  )
-  w_DE = matrix("w_router_DE", E)
+  w_DE = weight(module, "w_router_DE", (D, E), ROUTER.w_DE, config.init_std)
   router = resolve(config.moe.router_spec)
   further = {
-    name: matrix(f"w_router_{name.replace('_T', '_D')}", width)
+    name: _Projection(config, width, name=f"router_{name.rpartition('_')[0]}")()
     for name, width in projections_of(router, E).items()
   }
   if not balance.has_bias(router):
@@ -148,6 +145,21 @@ def router_weights(module: nn.Module, config: ModelConfig) -> RouterWeights:
   zeros = lambda: jnp.zeros(E, jnp.float32)
   bias = module.variable("router_state", balance.NAME, zeros)
   return RouterWeights(w_DE, bias.value, further)
+
+
+class _Projection(nn.Module):
+  """One more matrix of a router.
+
+  A module of its own, so that all other weights start as they would without it.
+  """
+
+  config: ModelConfig
+  width: int
+
+  @nn.compact
+  def __call__(self) -> Array:
+    shape = self.config.d_model, self.width
+    return weight(self, "w_DE", shape, ROUTER.w_DE, self.config.init_std)
 
 
 def route(

@@ -295,7 +295,7 @@ def spread(
   for total, count in groups:
     half = (count - 1) / 2 * gap
     middle = total / count
-    if high - low > 2 * half:
+    if high - low >= 2 * half:
       middle = min(max(middle, low + half), high - half)
     places += [middle - half + i * gap for i in range(int(count))]
   # Bounds may have pushed groups into each other.

@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
   sweep = _narrowed(load_sweep(args.sweep), args)
   planned = plan_runs(sweep, extra)
   workdir = args.workdir.absolute()
+  if args.jobs is not None and args.jobs < 1:
+    raise ConfigError(f"--jobs={args.jobs} must be at least 1")
   if args.dry_run and not args.slurm:
     _list(sweep, planned, workdir)
     return 0

@@ -27,7 +27,7 @@ def write_page(comparison: Comparison, workdir: Path) -> Path:
   body = [
     f'<div class="head"><h1>{escape(comparison.title)}</h1></div>',
     f'<p class="facts">{_facts(comparison)}</p>',
-    _table(comparison),
+    _table(comparison, workdir),
     f'<div class="cards">{"".join(card(chart) for chart in charts)}</div>',
     _failures(comparison),
     _options(comparison),
@@ -58,14 +58,16 @@ def _facts(comparison: Comparison) -> str:
   return "".join(f"<span>{escape(fact)}</span>" for fact in facts)
 
 
-def _table(comparison: Comparison) -> str:
+def _table(comparison: Comparison, workdir: Path) -> str:
   shown = columns(comparison)
   heads = "".join(
     f'<th class="number" title="{escape(column.explanation)}" tabindex="0">'
     f"{escape(column.heading)}</th>"
     for column in shown
   )
-  rows = "".join(_row(comparison, shown, p) for p in comparison.ranked())
+  rows = "".join(
+    _row(comparison, shown, point, workdir) for point in comparison.ranked()
+  )
   notes = "".join(
     f"<li><b>{escape(c.heading)}</b>: {escape(c.explanation)}</li>"
     for c in shown
@@ -76,13 +78,17 @@ def _table(comparison: Comparison) -> str:
     'tabindex="0">runs</th></tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
     '<p class="note">Best final loss first; a click on a heading sorts, '
-    "pointing at a row picks out its curves.</p>"
+    "pointing at a row picks out its curves. <code>moejax report"
+    " POINT/seed_N</code> draws one run, <code>moejax sweep --compare</code> "
+    "then links it here.</p>"
     f"<details><summary>What the columns are</summary><ul>{notes}</ul>"
     "</details></section>"
   )
 
 
-def _row(comparison: Comparison, shown: list, point: PointResult) -> str:
+def _row(
+  comparison: Comparison, shown: list, point: PointResult, workdir: Path
+) -> str:
   place = [p.name for p in comparison.points].index(point.name)
   cells = ""
   for column in shown:
@@ -96,7 +102,7 @@ def _row(comparison: Comparison, shown: list, point: PointResult) -> str:
     f'<a href="{escape(run.planned.name)}/report/index.html">'
     f"{run.planned.seed}</a>"
     for run in point.runs
-    if run.state.state == DONE
+    if (workdir / run.planned.name / "report").is_dir()
   )
   kind = ' class="reference"' if point.name == comparison.reference else ""
   return (

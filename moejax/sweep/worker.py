@@ -133,7 +133,8 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
     os.dup2(log.fileno(), 2)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {run.name}", flush=True)
     try:
-      if train(run.config, folder):
+      # A page takes seconds; `moejax report` draws those that are wanted.
+      if train(run.config, folder, report=False):
         state = WAITING
     except UserError as e:
       state, message = FAILED, str(e)

@@ -82,7 +82,7 @@ def pads_too(logits_TE, mask_T, *, k=1, rng=None):
 
 
 def looks_ahead(logits_TE, mask_T, *, k=1, rng=None):
-  centred_TE = logits_TE - logits_TE.mean(0)
+  centred_TE = logits_TE - logits_TE.mean(0, keepdims=True)
   return routing.top_k(centred_TE, mask_T, k=1).replace(logits_TE=logits_TE)
 
 

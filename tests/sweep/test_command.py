@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moejax sweep` as a user runs it: killed, failing, as an array of jobs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from moejax.__main__ import main
+from moejax.metrics import last_step
+from tests.small_run import command, environment, make_place, moejax
+
+SWEEP = """
+'''Two routers'''
+from moejax.sweep import Sweep
+
+def get_sweep(arg=""):
+  points = {
+    "two": {"model.moe.router": "top_k(k=2)"},
+    "one": {"model.moe.router": "top_k(k=1)"},
+  }
+  if arg:
+    points["odd"] = {"model.moe.router": f"odd.{arg}(k=1)"}
+  return Sweep(
+    config="config.py", points=points,
+    common={"train.num_steps": 20, "eval.sample_tokens": 0},
+  )
+"""
+# Routers that go wrong in training, not where points are checked.
+ODD = """
+import multiprocessing, os, signal
+from moejax.routing import top_k
+
+def in_training(say):
+  if multiprocessing.current_process().name == "moejax-sweep":
+    say()
+
+def raising(logits_TE, mask_T, *, k, rng=None):
+  if os.path.exists("broken"):
+    in_training(lambda: [][1])
+  return top_k(logits_TE, mask_T, k=k)
+
+def dying(logits_TE, mask_T, *, k, rng=None):
+  in_training(lambda: os.kill(os.getpid(), signal.SIGKILL))
+  return top_k(logits_TE, mask_T, k=k)
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  place = make_place(tmp_path_factory.mktemp("sweep"))
+  (place / "sweep.py").write_text(SWEEP)
+  (place / "odd.py").write_text(ODD)
+  return place
+
+
+def sweep(place, workdir, *options, file="sweep.py"):
+  return moejax(
+    place, "sweep", f"--sweep={file}", f"--workdir={workdir}", *options
+  )
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+  done = sweep(place, "finished")
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout
+
+
+def state(place, run):
+  return json.loads((place / run / "sweep_state.json").read_text())
+
+
+def validation(place, run):
+  return (place / run / "eval.jsonl").read_text()
+
+
+RUNS = ("two/seed_0", "one/seed_0", "two/seed_1", "one/seed_1")
+
+
+def test_it_runs_all_and_compares(place, finished):
+  for run in RUNS:
+    assert state(place, f"finished/{run}")["state"] == "done"
+    assert last_step(place / "finished" / run / "metrics.jsonl") == 20
+    assert re.search(rf"^{run}: done in ", finished, re.MULTILINE)
+  numbers = json.loads((place / "finished" / "comparison.json").read_text())
+  for name, point in numbers["points"].items():
+    for seed, loss in point["final_loss_by_seed"].items():
+      rows = validation(place, f"finished/{name}/seed_{seed}").splitlines()
+      assert loss == pytest.approx(json.loads(rows[-1])["validation/xent"])
+  two, one = (numbers["points"][n] for n in ("two", "one"))
+  paired = [
+    one["final_loss_by_seed"][s] - two["final_loss_by_seed"][s] for s in "01"
+  ]
+  assert one["difference"] == pytest.approx(sum(paired) / 2)
+  assert one["router/experts_per_token"] == 1
+  table = (place / "finished" / "comparison.md").read_text()
+  assert table.count("\n") == 4 and "| two | " in table
+  page = (place / "finished" / "index.html").read_text()
+  assert 'data-point="one"' in page and "loss-curves-curve-one" in page
+  assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_what_is_done_is_skipped(place, finished):
+  before = [(place / "finished" / r / "metrics.jsonl").stat() for r in RUNS]
+  again = sweep(place, "finished")
+  assert again.returncode == 0
+  assert again.stdout.startswith("all 4 runs are done")
+  after = [(place / "finished" / r / "metrics.jsonl").stat() for r in RUNS]
+  assert before == after
+
+
+def test_a_dry_run_lists_and_does_nothing(place, monkeypatch, capsys):
+  monkeypatch.chdir(place)
+  args = ["sweep", "--sweep=sweep.py", "--workdir=dry", "--dry-run"]
+  assert main([*args, "--seeds=4,5,6", "--points=one"]) == 0
+  said = capsys.readouterr().out
+  assert "1 points, 3 runs" in said
+  assert said.count("model.moe.router=top_k(k=1), seed=") == 3
+  assert not (place / "dry").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on(place, finished):
+  """SIGKILL of the command; its workers save and end by themselves."""
+  process = subprocess.Popen(
+    command("sweep", "--sweep=sweep.py", "--workdir=killed", "--jobs=2"),
+    cwd=place, env=environment(), stdout=subprocess.DEVNULL,
+  )  # fmt: skip
+  log = place / "killed" / "two" / "seed_0" / "metrics.jsonl"
+  wait_until(lambda: last_step(log) >= 3)
+  process.kill()
+  process.wait()
+  lock = log.parent / "run.lock"
+  wait_until(lambda: not lock.read_text())  # the worker let go of the run
+  again = sweep(place, "killed", "--jobs=2")
+  assert again.returncode == 0, again.stdout + again.stderr
+  for run in RUNS:
+    assert validation(place, f"killed/{run}") == validation(
+      place, f"finished/{run}"
+    )
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(place, finished):
+  process = subprocess.Popen(
+    command("sweep", "--sweep=sweep.py", "--workdir=stopped"),
+    cwd=place, env=environment(), stdout=subprocess.PIPE, text=True,
+    start_new_session=True,
+  )  # fmt: skip
+  log = place / "stopped" / "two" / "seed_0" / "metrics.jsonl"
+  wait_until(lambda: last_step(log) >= 3)
+  os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 75, out
+  assert "two/seed_0: stopped, saved" in out
+  assert not (place / "stopped" / "one").exists()
+  steps = last_step(log)
+  assert sweep(place, "stopped").returncode == 0
+  assert 3 <= steps < 20
+  for run in RUNS:
+    assert validation(place, f"stopped/{run}") == validation(
+      place, f"finished/{run}"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "router, message",
+  [
+    ("raising", "IndexError: list index out of range"),
+    ("dying", "the process was ended by SIGKILL, often for want of memory"),
+  ],
+)
+def test_a_run_that_fails_does_not_keep_the_others(place, router, message):
+  (place / "broken").touch()
+  options = ("--seeds=0", "--points=odd,one")
+  done = sweep(place, f"fails_{router}", *options, file=f"sweep.py:{router}")
+  assert done.returncode == 1
+  assert f"odd/seed_0: failed: {message}" in done.stderr
+  assert state(place, f"fails_{router}/one/seed_0")["state"] == "done"
+  page = (place / f"fails_{router}" / "index.html").read_text()
+  assert "Not done" in page and message in page
+  log = (place / f"fails_{router}" / "odd" / "seed_0" / "log.txt").read_text()
+  (place / "broken").unlink()
+  if router == "dying":
+    return
+  assert "in raising" in log  # the traceback
+  again = sweep(place, f"fails_{router}", *options, file=f"sweep.py:{router}")
+  assert again.returncode == 0, again.stderr
+  assert again.stdout.count(": done in ") == 1  # only what had failed
+
+
+@pytest.mark.slow
+def test_as_an_array_of_jobs(place, finished, tmp_path):
+  """An sbatch that runs the script's tasks here, one by one."""
+  sbatch = tmp_path / "sbatch"
+  sbatch.write_text(
+    "#!/bin/bash\n"
+    "for i in 0 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash $1 || exit 1; done\n"
+    "echo Submitted batch job 1\n"
+  )
+  sbatch.chmod(0o755)
+  env = environment()
+  env["PATH"] = f"{tmp_path}:{env['PATH']}"
+  done = subprocess.run(
+    command(
+      "sweep", "--sweep=sweep.py", "--workdir=array", "--slurm", "--jobs=2",
+      "--slurm-options=--partition=gpu --gpus=1",
+    ),
+    cwd=place, env=env, capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "#SBATCH --array=0-3%2\n" in done.stdout
+  assert "#SBATCH --partition=gpu\n#SBATCH --gpus=1\n" in done.stdout
+  assert "Submitted batch job 1" in done.stdout
+  for run in RUNS:
+    assert validation(place, f"array/{run}") == validation(
+      place, f"finished/{run}"
+    )
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--points=three"], "no point three; there are two, one"),
+    (["--seeds=a"], "--seeds=a must be like 0,1,2"),
+    (["--task=4"], "--task=4 is not in [0, 3]"),
+    (["--config.model.moe.num_experts=1"], "use k <= 1"),
+    (["--config.data.seq_len=64"], "two, one: no token store"),
+    (["--sweep=sweep.py:beyond"], "odd: model.moe.router: odd has no router"),
+    (["--jobs=0"], "--jobs=0 must be at least 1"),
+    (["--slurm"], "there is no sbatch on this machine"),
+    (["--jbos=2"], "unknown argument '--jbos=2'"),
+  ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(
+  place, options, message, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  args = ["sweep", "--sweep=sweep.py", "--workdir=bad", *options]
+  assert main(args) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
+  assert not list(place.glob("bad/*/seed_*"))
+
+
+def test_another_configs_run_is_not_taken_for_ones_own(
+  place, finished, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  args = ["sweep", "--sweep=sweep.py", "--workdir=finished"]
+  assert main([*args, "--config.optimizer.eps=0.1"]) == 2
+  error = capsys.readouterr().err
+  assert "has a run of other settings (optimizer.eps: 1e-08 -> 0.1)" in error
+
+
+def wait_until(condition, seconds=120):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.1)
