@@ -9,12 +9,13 @@ from moejax.routing.base import (
   non_causal,
   resolve,
 )
+from moejax.routing.choices import Choices
 from moejax.routing.group_limited import group_limited
 from moejax.routing.recycle import recycle
 from moejax.routing.stats import RouterStats
 from moejax.routing.top_k import top_k
 
 __all__ = [
-  "RouterStats", "Routing", "check_routing", "group_limited", "home_of",
-  "is_causal", "non_causal", "recycle", "resolve", "top_k",
+  "Choices", "RouterStats", "Routing", "check_routing", "group_limited",
+  "home_of", "is_causal", "non_causal", "recycle", "resolve", "top_k",
 ]  # fmt: skip
