@@ -22,6 +22,10 @@ COMMANDS = {
     "Hugging Face checkpoints to runs and back",
   ),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
+  "analyze": (
+    "moejax.analysis",
+    "what a checkpoint's routers do on texts, as a page",
+  ),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures of routing with OLMoE's definitions (arXiv:2409.02060, section 5).
+"""Measures of routing with OLMoE's definitions (arXiv:2409.02060).
 
 Each is a pure function of what `survey` counted, and each result holds what
 chance would give. Where a router has no fixed number of experts per token, k is

@@ -170,3 +170,9 @@ def _normed(products_EE: Array) -> Array:
   norm_E = jnp.sqrt(jnp.diagonal(products_EE))
   scale_EE = norm_E[:, None] * norm_E[None]
   return jnp.where(scale_EE > 0, products_EE / scale_EE, 0.0)
+
+
+def pairs(values_LEE: np.ndarray) -> np.ndarray:
+  """[L, pairs] the values of two different experts, i before j."""
+  E = values_LEE.shape[-1]
+  return values_LEE[:, *np.triu_indices(E, 1)]

@@ -36,17 +36,23 @@ def render(run: RunData, sections: dict[str, list[Chart]]) -> str:
     if charts:
       body.append(f"<h2>{escape(heading)}</h2>" if heading else "")
       body.append(_dropped_note(run) if heading == "Routing" else "")
-      cards = "".join(_card(chart) for chart in charts)
+      cards = "".join(card(chart) for chart in charts)
       body.append(f'<div class="cards">{cards}</div>')
   body += [_samples(run), _details(run)]
-  title = f"{run.name}: {word}"
+  footer = (
+    "Written by <code>moejax report</code> from the logs in the run's folder."
+  )
+  return document(f"{run.name}: {word}", body, footer)
+
+
+def document(title: str, body: list[str], footer: str) -> str:
+  """A page of its own, from HTML parts of which some may be empty."""
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>\n</head>\n"
     f"<body>\n<main>\n{chr(10).join(part for part in body if part)}\n"
-    "<footer>Written by <code>moejax report</code> from the logs in the run's "
-    "folder.</footer>\n</main>\n</body>\n</html>\n"
+    f"<footer>{footer}</footer>\n</main>\n</body>\n</html>\n"
   )
 
 
@@ -81,7 +87,8 @@ def _tiles(run: RunData) -> str:
   return f'<div class="tiles" style="{columns}">{"".join(cells)}</div>'
 
 
-def _card(chart: Chart) -> str:
+def card(chart: Chart) -> str:
+  """A picture with its title and note."""
   kind = "hero" if chart.size == HERO else "full" if chart.size[0] > 800 else ""
   pictures = _svg(chart, narrow=False)
   if chart.narrow_size is not None:
@@ -157,8 +164,8 @@ def _details(run: RunData) -> str:
     f'<td class="doc">{escape(doc)}</td></tr>'
     for path, value, doc, is_changed in options
   )
-  config = _table("Config", f"{len(options)} options, {changed} not at their "
-                  "default (in colour)", rows)  # fmt: skip
+  note = f"{len(options)} options, {changed} not at their default (in colour)"
+  config = folded_table("Config", note, rows)
   commit = run.record["git_commit"] or "not in a git checkout"
   versions = {**run.record["versions"], "git commit": commit}
   rows = "".join(
@@ -166,7 +173,7 @@ def _details(run: RunData) -> str:
     "</td></tr>"
     for name, version in versions.items()
   )
-  packages = _table("Versions", "", rows)
+  packages = folded_table("Versions", "", rows)
   return f"<h2>Details</h2>{_evaluations(run)}{config}{packages}"
 
 
@@ -188,10 +195,11 @@ def _evaluations(run: RunData) -> str:
     )
     rows += f'<tr><td class="number">{table.steps[i]:,}</td>{cells}</tr>'
   count = f"{len(table)}" if len(table) != 1 else "one"
-  return _table("Evaluations", f"{count}, newest first", rows)
+  return folded_table("Evaluations", f"{count}, newest first", rows)
 
 
-def _table(title: str, note: str, rows: str) -> str:
+def folded_table(title: str, note: str, rows: str) -> str:
+  """Rows of HTML that open on a click."""
   small = f"<small>{escape(note)}</small>" if note else ""
   return (
     f"<details><summary>{escape(title)}{small}</summary>"
