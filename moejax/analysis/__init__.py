@@ -24,8 +24,8 @@ from moejax.analysis.measures import (
 )
 from moejax.analysis.measures import load as expert_load
 from moejax.analysis.page import charts, draw
-from moejax.analysis.similarity import similarity
-from moejax.analysis.survey import Plan, Survey, survey, survey_all
+from moejax.analysis.similarities import similarity
+from moejax.analysis.surveys import Plan, Survey, survey, survey_all
 from moejax.analysis.vocabulary import token_table
 
 __all__ = [

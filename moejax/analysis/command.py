@@ -13,8 +13,8 @@ from moejax import runs
 from moejax.analysis import measures, page, results, text
 from moejax.analysis.checkpoints import Checkpoint, find
 from moejax.analysis.page import Analysis
-from moejax.analysis.similarity import similarity
-from moejax.analysis.survey import Plan, Survey, survey_all
+from moejax.analysis.similarities import similarity
+from moejax.analysis.surveys import Plan, Survey, survey_all
 from moejax.analysis.vocabulary import token_table
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count

@@ -15,7 +15,7 @@ from moejax.analysis.measures import (
   Saturation,
   VocabularySpecialisation,
 )
-from moejax.analysis.similarity import Similarity, pairs
+from moejax.analysis.similarities import Similarity, pairs
 from moejax.progress import format_count
 from moejax.report.charts import (
   FULL,
@@ -96,7 +96,7 @@ def vocabulary_chart(result: VocabularySpecialisation) -> Chart:
     "that goes to the expert that gets most of them, mean over ids with at "
     f"least {result.min_count}. 100 % is an expert for each id. Dashed: what a "
     "router with the same loads would show if it saw no token."
-  )
+  ) + _attention_note(result.routers)
   return Chart("vocabulary", title, note, draw, (FULL, 330), (348, 580))
 
 
@@ -115,7 +115,10 @@ def entropy_chart(result: Entropy) -> Chart:
     ax.set_xlabel("layer", labelpad=2)
     reference_line(ax, 1.0, "uniform: no preference")
     if len(shown) > 1:
-      ax.legend(loc="lower left", ncol=1 if narrow else len(shown))
+      figure.legend(
+        *ax.get_legend_handles_labels(), loc="outside lower center",
+        ncol=3 if narrow else len(shown), handlelength=1.3, columnspacing=1.2,
+      )  # fmt: skip
 
   last_L = result.share_ML[-1]
   title = (
@@ -126,8 +129,8 @@ def entropy_chart(result: Entropy) -> Chart:
     "Mean entropy of the router's probabilities over ln E, by layer. Near 0 "
     "the router is sure of one expert; a router that prefers none is at 100 %, "
     "the dashed line."
-  )
-  return Chart("entropy", title, note, draw, (562, 300), (348, 260))
+  ) + _attention_note(result.routers)
+  return Chart("entropy", title, note, draw, (FULL, 320), (348, 300))
 
 
 def load_over_time_chart(result: Load) -> Chart:
@@ -182,7 +185,7 @@ def similarity_chart(result: Similarity) -> Chart:
     head_axis(ax, "cosine")
     ax.set_xlabel("layer", labelpad=2)
     reference_line(ax, 0.0, "unrelated", below=True)
-    legend(ax, 2)
+    legend(ax, 2 if narrow else 4)
 
   outputs, weights = pairs(result.outputs_LEE), pairs(result.weights_LEE)
   title = (
@@ -193,8 +196,8 @@ def similarity_chart(result: Similarity) -> Chart:
     "Cosine between two experts of a layer, over all pairs: of their weights, "
     f"and of what they compute from the same {result.num_tokens} tokens. 1 is "
     "the same expert twice; unrelated experts are at 0, the dashed line."
-  )
-  return Chart("similarity", title, note, draw, (562, 300), (348, 300))
+  ) + _attention_note(result.routers)
+  return Chart("similarity", title, note, draw, (FULL, 320), (348, 320))
 
 
 def layer_numbers(routers: Sequence[str]) -> np.ndarray:
@@ -205,6 +208,12 @@ def layer_numbers(routers: Sequence[str]) -> np.ndarray:
 def attention_routers(routers: Sequence[str]) -> np.ndarray:
   """[L] whether it is one of attention experts."""
   return np.array([name.endswith("attention") for name in routers])
+
+
+def _attention_note(routers: Sequence[str]) -> str:
+  """What the open dots are, where there are any."""
+  both = attention_routers(routers).any()
+  return " Open dots are attention experts." if both else ""
 
 
 def checkpoint_axis(ax: Any, steps_M: np.ndarray) -> np.ndarray:
@@ -280,15 +289,17 @@ def _over_layers(
   ax: Any, routers: Sequence[str], values_L: np.ndarray, colour: str,
   label: str, **style: Any,
 ) -> None:  # fmt: skip
-  """A curve over layers; attention experts get one of their own, open dots."""
+  """A curve over layers; attention experts have another, with open dots."""
   from matplotlib.ticker import MaxNLocator
 
   layers, attention = layer_numbers(routers), attention_routers(routers)
   style = {"marker": "o", "markersize": 4.0} | style
-  for kind, name in ((False, label), (True, f"{label}, attention")):
+  for kind in (False, True):
     mine = attention == kind
     if mine.any():
       face = {"markerfacecolor": LIGHT["card"]} if kind else {}
+      first = kind == attention.all()  # one entry in the legend for both
+      name = label if first else f"_{label}"
       ax.plot(
         layers[mine], values_L[mine], color=colour, label=name, **style, **face
       )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis.measures import CoActivation, DomainSpecialisation, Load
-from moejax.analysis.similarity import Similarity, pairs
+from moejax.analysis.similarities import Similarity, pairs
 from moejax.report.charts import (
   FULL,
   Chart,
@@ -98,8 +98,8 @@ def domain_chart(result: DomainSpecialisation) -> Chart:
 
   title = (
     f"Expert {e} of {result.routers[i]} gets "
-    f"{percent(result.share_ULE[u, i, e])} of {result.domains[u]}'s tokens; "
-    f"uniform is {percent(result.chance_L[i])}"
+    f"{percent(result.share_ULE[u, i, e])} of the tokens of "
+    f"{result.domains[u]}; uniform is {100 * result.chance_L[i]:.3g}\u00a0%"
   )
   note = (
     "Domain specialisation: of each domain's tokens, the share that has the "

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moejax.analysis.counts import KINDS, Tally
-from moejax.analysis.survey import Survey
+from moejax.analysis.surveys import Survey
 from moejax.errors import ConfigError
 
 # Ids that the chance level of vocabulary specialisation is drawn for.

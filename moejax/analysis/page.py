@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import lines, maps, measures
-from moejax.analysis.similarity import Similarity
+from moejax.analysis.similarities import Similarity
 from moejax.analysis.vocabulary import Columns
 from moejax.report import pictures
 from moejax.report.charts import Chart, percent

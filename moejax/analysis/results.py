@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from moejax.analysis import measures
-from moejax.analysis.similarity import Similarity, pairs
+from moejax.analysis.similarities import Similarity, pairs
 from moejax.files import write_atomically
 
 Columns = Mapping[str, np.ndarray]

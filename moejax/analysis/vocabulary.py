@@ -8,7 +8,7 @@ next token (OLMoE, arXiv:2409.02060), which are the `Q` kinds of ids.
 import numpy as np
 
 from moejax.analysis.counts import KINDS
-from moejax.analysis.survey import Survey
+from moejax.analysis.surveys import Survey
 from moejax.data.tokenizer import Tokenizer
 
 # Characters that a table could not show.

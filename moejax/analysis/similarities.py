@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.analysis.checkpoints import router_names
-from moejax.analysis.survey import Plan
+from moejax.analysis.surveys import Plan
 from moejax.config import LayerConfig
 from moejax.errors import ConfigError
 from moejax.experts import GatedMlpWeights, gated_mlp

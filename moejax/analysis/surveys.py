@@ -119,7 +119,7 @@ class ChoiceFile:
     self._file = tempfile.TemporaryFile(dir=folder)
 
   def append(self, made: Choices) -> None:
-    packed, top = _pack(made)
+    packed, top = pack(made)
     np.save(self._file, np.asarray(packed), allow_pickle=False)
     np.save(self._file, np.asarray(top), allow_pickle=False)
 
@@ -170,7 +170,7 @@ def survey(
       tallies[name], table, more_L, made = counts.add_batch(
         model, run.variables, device_batch(batch, model.placement), tally, table
       )
-      overlap = _overlap(made, *next(earlier)) if earlier else None
+      overlap = overlap_sums(made, *next(earlier)) if earlier else None
       onto_host.add(name, more_L, made, overlap)
       bar.advance(int((batch["segment_ids"] > 0).sum()))
     onto_host.finish()
@@ -245,14 +245,14 @@ def _empty_words(run: Run, sizes: tuple[int, int]) -> Words:
 
 
 @jax.jit
-def _pack(made: Choices) -> tuple[jax.Array, jax.Array]:
+def pack(made: Choices) -> tuple[jax.Array, jax.Array]:
   """A bit for each expert, and the best one."""
   packed = jnp.packbits(made.chosen_BTE, axis=-1)
   return packed, made.top_BT.astype(jnp.int16)
 
 
 @jax.jit
-def _overlap(made: Choices, packed: jax.Array, top: jax.Array) -> jax.Array:
+def overlap_sums(made: Choices, packed: jax.Array, top: jax.Array) -> jax.Array:
   """[4, L] sums of one batch, as `Overlap` has them."""
   E = made.chosen_BTE.shape[-1]
   wanted = jnp.unpackbits(packed, axis=-1, count=E).astype(bool)
