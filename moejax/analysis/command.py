@@ -23,12 +23,14 @@ from moejax.progress import format_count
 def main(argv: list[str]) -> int:
   """`moejax analyze CHECKPOINT... --data=NAME=FILE...`."""
   args = _parse(argv)
-  plan = Plan(text.parse_domains(args.data), args.tokens, args.batch_size)
+  plan = Plan(
+    text.parse_domains(args.data), args.tokens, args.batch_size, args.sample
+  )
   if args.min_count < 1:
     raise ConfigError(f"--min-count={args.min_count} must be positive")
   checkpoints = find(args.checkpoint)
   folder = args.output or os.path.join(checkpoints[-1].folder, "analysis")
-  print(analyze(checkpoints, plan, folder, args.min_count, args.sample))
+  print(analyze(checkpoints, plan, folder, args.min_count))
   return 0
 
 
@@ -37,7 +39,6 @@ def analyze(
   plan: Plan,
   folder: str | os.PathLike,
   min_count: int = 10,
-  sample: int = 256,
 ) -> pathlib.Path:
   """Measures, and writes page, pictures and tables.
 
@@ -46,7 +47,6 @@ def analyze(
     plan: the text.
     folder: where to write to.
     min_count: occurrences that a token id needs.
-    sample: tokens that experts are compared on.
 
   Returns:
     Path of index.html.
@@ -64,7 +64,7 @@ def analyze(
     surveys = survey_all(checkpoints, plan, folder)
     found, left_out = measure(surveys, min_count)
     if surveys[-1].num_experts > 1:
-      found["similarity"] = similarity(last.load(), plan, sample)
+      found["similarity"] = similarity(last.load(), plan)
     for line in left_out:
       print(f"note: {line}")
     tokens = None
@@ -178,7 +178,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     help="occurrences that a token id needs (default: %(default)s)",
   )  # fmt: skip
   add(
-    "--sample", type=int, default=256, metavar="N",
+    "--sample", type=int, default=Plan.sample, metavar="N",
     help="tokens that all experts compute, to compare them (default: "
     "%(default)s)",
   )  # fmt: skip

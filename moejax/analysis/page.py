@@ -4,7 +4,8 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import numpy as np
 from moejax.analysis import lines, maps, measures
 from moejax.analysis.similarities import Similarity
 from moejax.analysis.vocabulary import Columns
+from moejax.files import write_atomically
+from moejax.progress import progress_bar
 from moejax.report import pictures
 from moejax.report.charts import Chart, percent
 from moejax.report.page import card, document, escape, folded_table
@@ -103,19 +106,23 @@ HEADINGS = {
 }
 
 
-def render(found: Analysis) -> str:
-  """The whole page; opens offline."""
+def render(found: Analysis, drawn: Callable[[], None] = lambda: None) -> str:
+  """The whole page, which opens offline; `drawn` is called for each picture."""
   facts = "".join(f"<span>{escape(fact)}</span>" for fact in found.facts)
   body = [
     f'<div class="head"><h1>Routing of {escape(found.name)}</h1></div>',
     f'<p class="facts">{facts}</p>',
   ]
   for name, heading in HEADINGS.items():
-    if name in found.results:
-      cards = "".join(card(chart) for chart in charts(found.results[name]))
-      body.append(f'<h2>{heading}</h2><div class="cards">{cards}</div>')
-      if name == "vocabulary" and found.tokens is not None:
-        body.append(_token_tables(found.tokens))
+    if name not in found.results:
+      continue
+    cards = []
+    for chart in charts(found.results[name]):
+      cards.append(card(chart))
+      drawn()
+    body.append(f'<h2>{heading}</h2><div class="cards">{"".join(cards)}</div>')
+    if name == "vocabulary" and found.tokens is not None:
+      body.append(_token_tables(found.tokens))
   notes = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
   body.append(f"<h2>Left out</h2><ul>{notes}</ul>" if notes else "")
   footer = (
@@ -128,12 +135,12 @@ def render(found: Analysis) -> str:
 def write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
   """Writes index.html and the PNG files; returns the page's path."""
   path = folder / "index.html"
-  temporary = path.with_suffix(".html.tmp")
-  temporary.write_text(render(found), encoding="utf-8")
-  temporary.replace(path)
-  for result in found.results.values():
-    for chart in charts(result):
+  every = [c for result in found.results.values() for c in charts(result)]
+  with progress_bar("drawing, pictures", 2 * len(every), sys.stderr) as bar:
+    for chart in every:
       pictures.save_png(chart, folder / f"{chart.name}.png")
+      bar.advance()
+    write_atomically(path, render(found, bar.advance))
   return path
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from moejax.analysis.checkpoints import router_names
 from moejax.analysis.surveys import Plan
 from moejax.config import LayerConfig
-from moejax.errors import ConfigError
 from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models import Rows, Variables, watched_routers
 from moejax.models.router_state import routers_of
@@ -52,22 +51,18 @@ class Similarity:
   num_tokens: int
 
 
-def similarity(run: Run, plan: Plan, num_tokens: int = 256) -> Similarity:
+def similarity(run: Run, plan: Plan) -> Similarity:
   """Of one checkpoint's experts; all of them compute all tokens of the sample.
 
   Args:
     run: as `analysis.load` returns it.
-    plan: the text, from each domain of which the sample takes equally many.
-    num_tokens: size of the sample.
+    plan: text and size of the sample, of which each domain has as much.
 
   Raises:
-    ConfigError: an empty sample.
     DataError: the text is missing, unreadable or empty.
   """
-  if num_tokens < 1:
-    raise ConfigError(f"--sample={num_tokens} must be positive")
   names = router_names(run.config.model)
-  x_LTD = sample_inputs(run, plan, num_tokens)
+  x_LTD = sample_inputs(run, plan)
   backend = run.model.backends.matmul
   weights, outputs = [], []
   with progress_bar("similarity, routers", len(names), sys.stderr) as bar:
@@ -79,13 +74,13 @@ def similarity(run: Run, plan: Plan, num_tokens: int = 256) -> Similarity:
   return Similarity(names, np.stack(weights), np.stack(outputs), x_LTD.shape[1])
 
 
-def sample_inputs(run: Run, plan: Plan, num_tokens: int) -> np.ndarray:
+def sample_inputs(run: Run, plan: Plan) -> np.ndarray:
   """[L, T, D] what routers and experts are given of a sample of tokens.
 
   It is drawn from the first batch of each domain.
   """
   rng, found = np.random.default_rng(0), []
-  each = -(-num_tokens // len(plan.domains))
+  each = -(-plan.sample // len(plan.domains))
   for name in plan.domains:
     batch = next(plan.batches_of(name, run))
     put = device_batch(batch, run.model.placement)

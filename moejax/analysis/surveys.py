@@ -82,11 +82,13 @@ class Plan:
     domains: sources by name.
     tokens: at most so many, as many of each domain.
     batch_size: rows of a batch; 0 takes what makes about 4,096 tokens.
+    sample: tokens on which `similarity` compares what experts compute.
   """
 
   domains: text.Domains
   tokens: int = 1_000_000
   batch_size: int = 0
+  sample: int = 256
 
   def __post_init__(self):
     if not 0 < self.tokens <= counts.MAX_TOKENS:
@@ -95,6 +97,8 @@ class Plan:
       )
     if self.batch_size < 0:
       raise ConfigError(f"--batch-size={self.batch_size} is negative")
+    if self.sample < 1:
+      raise ConfigError(f"--sample={self.sample} must be positive")
 
   def batches(self, run: Run) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Batches with the name of their domain, the same at each call."""
@@ -165,6 +169,7 @@ def survey(
   earlier = against.read() if against else None
   onto_host = _OntoHost(keep)
   with progress_bar(f"step {run.step}, tokens", None, sys.stderr) as bar:
+    bar.advance(0)  # compiling comes first
     for name, batch in plan.batches(run):
       tally = tallies[name] if name in tallies else counts.zero_tally(*sizes)
       tallies[name], table, more_L, made = counts.add_batch(

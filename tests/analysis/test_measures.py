@@ -12,8 +12,10 @@ import pytest
 from moejax import analysis
 from moejax.analysis import counts, measures, surveys
 from moejax.analysis.surveys import Overlap, Survey
+from moejax.config import ParallelConfig
 from moejax.errors import ConfigError
 from moejax.models import Rows
+from moejax.parallel import build_on_mesh, make_mesh
 from moejax.routing import Choices
 from tests.analysis.small_model import E, K, make_run, make_texts
 
@@ -189,6 +191,23 @@ def test_batches_do_not_matter(run_and_plan, found):
     for key in ("tokens", "chosen_LE", "top_LE", "together_LEE"):
       have = getattr(other.domains[name], key)
       np.testing.assert_array_equal(getattr(tally, key), have)
+  jax.tree.map(np.testing.assert_array_equal, found.words, other.words)
+
+
+@pytest.mark.parametrize(
+  "mesh", [{"data": 2, "expert": 2}, {"fsdp": 2, "tensor": 2}]
+)
+def test_a_mesh_counts_as_one_device_does(run_and_plan, found, mesh):
+  run, plan = run_and_plan
+  config = dataclasses.replace(run.config, parallel=ParallelConfig(**mesh))
+  devices = make_mesh(config.parallel, jax.devices()[:4])
+  split = dataclasses.replace(run, model=build_on_mesh(config, devices))
+  other = analysis.survey(split, dataclasses.replace(plan, batch_size=4))
+  for name, tally in found.domains.items():
+    have = other.domains[name]
+    np.testing.assert_array_equal(tally.together_LEE, have.together_LEE)
+    np.testing.assert_array_equal(tally.top_LE, have.top_LE)
+    np.testing.assert_allclose(tally.entropy_L, have.entropy_L, rtol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, found.words, other.words)
 
 
