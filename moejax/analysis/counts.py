@@ -161,7 +161,7 @@ def add_batch(model, variables, batch, tally, words):
   mask_BT = batch["segment_ids"] > 0
   one = Tally.of(made, mask_BT)
   if words is not None:
-    predicted_T = _predicted(model, variables, hidden_BTD)
+    predicted_T = predicted_tokens(model, variables, hidden_BTD)
     ids = batch["tokens"].reshape(-1), predicted_T, batch["targets"].reshape(-1)
     known = mask_BT, mask_BT, batch["loss_mask"]
     known = jnp.stack([x.reshape(-1) for x in known])
@@ -170,7 +170,7 @@ def add_batch(model, variables, batch, tally, words):
   return tally + one.replace(entropy_L=zero_L), words, one.entropy_L, made
 
 
-def _predicted(model, variables, hidden_BTD: Array) -> Array:
+def predicted_tokens(model, variables, hidden_BTD: Array) -> Array:
   """[T] likeliest next ids of the flattened tokens."""
   hidden_TD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
   T = len(hidden_TD)
