@@ -166,7 +166,7 @@ def _expert_row(table: Mapping[str, np.ndarray], expert: int) -> str:
   mine = np.flatnonzero(table["expert"] == expert)[:TOKENS_SHOWN]
   cells = " ".join(
     f'<code class="value">{escape(table["text"][i])}</code> '
-    f"{percent(table['top_share'][i])}"
+    f"{escape(percent(table['top_share'][i]))}"
     for i in mine
   )
   return f"<tr><td>expert&nbsp;{expert}</td><td>{cells}</td></tr>"
