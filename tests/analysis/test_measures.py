@@ -15,7 +15,8 @@ from moejax.analysis.surveys import Overlap, Survey
 from moejax.config import ParallelConfig
 from moejax.errors import ConfigError
 from moejax.models import Rows
-from moejax.parallel import build_on_mesh, make_mesh
+from moejax.models.transformer import boxed_variables
+from moejax.parallel import build_on_mesh, make_mesh, shardings
 from moejax.routing import Choices
 from tests.analysis.small_model import E, K, make_run, make_texts
 
@@ -201,7 +202,12 @@ def test_a_mesh_counts_as_one_device_does(run_and_plan, found, mesh):
   run, plan = run_and_plan
   config = dataclasses.replace(run.config, parallel=ParallelConfig(**mesh))
   devices = make_mesh(config.parallel, jax.devices()[:4])
-  split = dataclasses.replace(run, model=build_on_mesh(config, devices))
+  where = shardings(devices, boxed_variables(run.model))
+  split = dataclasses.replace(
+    run,
+    model=build_on_mesh(config, devices),
+    variables=jax.device_put(run.variables, where),
+  )
   other = analysis.survey(split, dataclasses.replace(plan, batch_size=4))
   for name, tally in found.domains.items():
     have = other.domains[name]
