@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import types
+from typing import Any
 
 import ml_collections
 
@@ -47,9 +48,32 @@ def parse_config(path: str, extra_args: list[str]) -> config_lib.Config:
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
   """The ConfigDict that `get_config` of the file returns."""
-  filename, _, arg = path.partition(":")
+  filename = path.partition(":")[0]
   if not os.path.isfile(filename):
     raise ConfigError(f"no config file {filename!r}; see configs/ for examples")
+  _, config = call_in_file(path, "get_config")
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ConfigError(
+      f"{filename}: get_config returned {type(config).__name__}, not the "
+      "ConfigDict of default_config(); is there a `return config`?"
+    )
+  return config
+
+
+def call_in_file(path: str, function: str) -> tuple[types.ModuleType, Any]:
+  """Runs a Python file and calls a function of it.
+
+  Args:
+    path: `FILE.py` or `FILE.py:arg`; its folder becomes importable.
+    function: its name; called with `arg`, if there is one.
+
+  Returns:
+    The module, and what the function returned.
+
+  Raises:
+    ConfigError: whatever goes wrong in the file, with its line.
+  """
+  filename, _, arg = path.partition(":")
   make_importable(os.path.dirname(os.path.abspath(filename)))
   name = re.sub(r"\W", "_", os.path.splitext(os.path.basename(filename))[0])
   loader = importlib.machinery.SourceFileLoader(f"config_{name}", filename)
@@ -57,19 +81,14 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
   module.__file__ = filename
   try:
     loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-      raise ConfigError("there is no function get_config in it")
-    config = module.get_config(arg) if arg else module.get_config()
+    if not hasattr(module, function):
+      raise ConfigError(f"there is no function {function} in it")
+    call = getattr(module, function)
+    return module, call(arg) if arg else call()
   except SyntaxError as e:
     raise ConfigError(f"{filename}, line {e.lineno}: {e.msg}") from e
   except Exception as e:  # whatever a person's code may raise
     raise ConfigError(f"{filename}{_line(e, filename)}: {_explain(e)}") from e
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise ConfigError(
-      f"{filename}: get_config returned {type(config).__name__}, not the "
-      "ConfigDict of default_config(); is there a `return config`?"
-    )
-  return config
 
 
 def apply_overrides(

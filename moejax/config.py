@@ -98,7 +98,9 @@ class MoEConfig:
     "path in any importable file",
   )
   dispatch: str = option(
-    "ragged", "how tokens reach experts: ragged (dropless) or dense (reference)"
+    "ragged",
+    "how tokens reach experts: ragged (exactly the rows there are), padded "
+    "(buffers of the router's capacity) or dense (reference); the same results",
   )
   matmul: str = option(
     "auto", "grouped matmul back end; auto chooses by platform"
@@ -113,7 +115,9 @@ class MoEConfig:
     require(
       self.num_shared_experts >= 0, "model.moe.num_shared_experts is negative"
     )
-    require_choice("model.moe.dispatch", self.dispatch, ("ragged", "dense"))
+    require_choice(
+      "model.moe.dispatch", self.dispatch, ("ragged", "padded", "dense")
+    )
     require_choice(
       "model.moe.matmul", self.matmul,
       ("auto", "reference", "cpu", "cpu_loops", "tpu", "gpu"),
@@ -514,6 +518,15 @@ class LossConfig:
   load_balance_scope: str = option(
     "global", "where loads are counted: the global batch, or each sequence"
   )
+  sequence_balance: float = option(
+    0.0, "weight of a second one, of each sequence (DeepSeek-V3, with a bias)"
+  )
+  mutual_information: float = option(
+    0.0, "weight of minus the mutual information of tokens and experts"
+  )
+  router_entropy: float = option(
+    0.0, "weight of the mean entropy of the router's probabilities"
+  )
   router_z: float = option(0.001, "weight of the router z-loss")
   router_reduction: str = option(
     "mean", "router losses count as their mean over routers, or sum (JetMoE)"
@@ -530,7 +543,10 @@ class LossConfig:
       "loss.router_reduction", self.router_reduction, ("mean", "sum")
     )
     require_positive("loss", self, "chunk_size")
-    for name in ("z_loss", "load_balance", "router_z"):
+    for name in (
+      "z_loss", "load_balance", "sequence_balance", "mutual_information",
+      "router_entropy", "router_z",
+    ):  # fmt: skip
       require(getattr(self, name) >= 0, f"loss.{name} is negative")
 
 
@@ -760,6 +776,28 @@ def set_option(config: ml_collections.ConfigDict, path: str, text: str) -> None:
   The schema gives the type, so `1e-3`, `true`, `3,4` and `none` mean what the
   option needs and nothing else.
   """
+  set_value(config, path, _parse_text(option_at(path).type, text, path))
+
+
+def set_value(config: ml_collections.ConfigDict, path: str, value: Any) -> None:
+  """Sets `path` (dotted) of a ConfigDict, if the value has the option's type.
+
+  Raises:
+    ConfigError: no such option, or another type.
+  """
+  value = _check_type(option_at(path).type, value, path)
+  *parents, name = path.split(".")
+  for parent in parents:
+    config = config[parent]
+  config[name] = value
+
+
+def option_at(path: str) -> dataclasses.Field:
+  """The option's field of the schema.
+
+  Raises:
+    ConfigError: there is none of this name, or it is a section.
+  """
   cls: type = Config
   *parents, name = path.split(".")
   for depth, parent in enumerate(parents):
@@ -769,10 +807,7 @@ def set_option(config: ml_collections.ConfigDict, path: str, text: str) -> None:
   field = _field(cls, name, ".".join(parents))
   if dataclasses.is_dataclass(field.type):
     raise ConfigError(f"{path} is a section; set {path}.<option>=<value>")
-  value = _parse_text(field.type, text, path)
-  for parent in parents:
-    config = config[parent]
-  config[name] = value
+  return field
 
 
 def describe_options(cls: type = Config, prefix: str = "") -> list[str]:

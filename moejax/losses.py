@@ -148,13 +148,15 @@ def load_balance(stats: RouterStats, scope: str) -> Array:
 
   Per layer E * sum_e f_e P_e, with f the share of assignments (as the router
   chose, before any capacity) and P the mean probability of expert e, then the
-  mean over layers: the form of Switch (Fedus et al. 2021) that OLMoE and DBRX
-  train with. Gradient flows through P.
+  mean over layers: the form of Switch (Fedus et al. 2021, arXiv:2101.03961)
+  that OLMoE and DBRX train with. Gradient flows through P.
 
   Args:
     stats: sums stacked [L, B, ...].
     scope: "global" takes f and P over all rows; "sequence" per row, then the
-      mean over rows weighted by their tokens (DeepSeek-V3's form).
+      mean over rows weighted by their tokens: DeepSeek-V3's complementary loss
+      (arXiv:2412.19437, equations 17 to 20), where its factor E / (k T) makes
+      f sum to E, as here; 1 at balance too.
   """
   count_LBE, prob_LBE = stats.wanted_BE, stats.prob_BE
   tokens_LB = stats.tokens_B
@@ -179,6 +181,35 @@ def router_z(stats: RouterStats) -> Array:
   return (stats.z_B.sum(1) / _at_least_one(stats.tokens_B.sum(1))).mean()
 
 
+def mutual_information(stats: RouterStats) -> Array:
+  """Minus the mutual information of tokens and experts, in nats.
+
+  Per layer `sum_e P_e ln P_e + mean_t H(p_t)`, with P the mean of the tokens'
+  probabilities p_t and H the entropy, then the mean over layers: -ln E where
+  loads are even and each token is sure of its expert, 0 where all tokens have
+  the same probabilities, which even ones are too (ModuleFormer, Shen et al.
+  2023, arXiv:2306.04640). Gradient flows through both terms.
+
+  Args:
+    stats: sums stacked [L, B, ...], taken over all rows.
+  """
+  tokens_L1 = _at_least_one(stats.tokens_B.sum(1))[:, None]
+  mean_LE = stats.prob_BE.sum(1) / tokens_L1
+  tiny = jnp.finfo(jnp.float32).tiny
+  negative_L = (mean_LE * jnp.log(jnp.maximum(mean_LE, tiny))).sum(-1)
+  return negative_L.mean() + router_entropy(stats)
+
+
+def router_entropy(stats: RouterStats) -> Array:
+  """Mean entropy of the tokens' probabilities, in nats; ln E if all are even.
+
+  Keeps `top_p` from needing ever more experts (Huang et al. 2024,
+  arXiv:2403.07652, its dynamic loss).
+  """
+  tokens_L = _at_least_one(stats.tokens_B.sum(1))
+  return (stats.entropy_B.sum(1) / tokens_L).mean()
+
+
 def total_loss(
   config: LossConfig, sums: LossSums, stats: RouterStats | None
 ) -> tuple[Array, dict[str, Array]]:
@@ -196,23 +227,39 @@ def total_loss(
     routers = {"mean": 1, "sum": stats.z_B.shape[0]}[config.router_reduction]
     loss += routers * (config.load_balance * balance + config.router_z * z)
     terms |= {"loss/balance": balance, "loss/router_z": z}
+    for name, weight, term in (
+      ("sequence_balance", config.sequence_balance,
+       lambda: load_balance(stats, "sequence")),
+      ("mutual_information", config.mutual_information,
+       lambda: mutual_information(stats)),
+      ("router_entropy", config.router_entropy, lambda: router_entropy(stats)),
+    ):  # fmt: skip
+      if weight:
+        terms[f"loss/{name}"] = term()
+        loss += routers * weight * terms[f"loss/{name}"]
   return loss, {"loss/total": loss, **terms}
 
 
 def router_metrics(stats: RouterStats) -> dict[str, Array]:
   """What the routers did, over all rows; means over layers.
 
-  `router/entropy` is the mean entropy of the router's softmax as a share of
-  its maximum ln E; `router/max_over_mean` the busiest expert's load over the
-  fair share, of the worst layer; `router/dropped` the share of assignments
-  that went nowhere.
+  `router/entropy` is the mean entropy of the router's probabilities as a share
+  of its maximum, ln E; `router/max_over_mean` the busiest expert's load over
+  the fair share, of the worst layer; `router/dropped` the share of assignments
+  that went nowhere for want of room; `router/unrouted` the share of tokens that
+  no expert sees; `router/experts_per_token` the mean number of experts that do.
   """
   count_LE = stats.count_BE.sum(1)
-  E = count_LE.shape[-1]
+  E, choices = count_LE.shape[-1], stats.prob_BE.shape[-1]
   routed_L, dropped = count_LE.sum(-1), stats.dropped_B.sum()
-  entropy = stats.entropy_B.sum() / _at_least_one(stats.tokens_B.sum())
+  tokens = _at_least_one(stats.tokens_B.sum())
+  entropy = stats.entropy_B.sum() / tokens
   return {
-    "router/entropy": entropy / jnp.log(E) if E > 1 else jnp.ones(()),
+    "router/entropy": (
+      entropy / jnp.log(choices) if choices > 1 else jnp.ones(())
+    ),
+    "router/unrouted": stats.unrouted_B.sum() / tokens,
+    "router/experts_per_token": routed_L.sum() / tokens,
     "router/max_over_mean": (
       E * count_LE.max(-1) / _at_least_one(routed_L)
     ).max(),

@@ -46,6 +46,8 @@ NON_FINITE = {
 TEXT_KEYS = ("prompt", "text")
 # Lines that a full disk refuses wait in memory, up to this many bytes.
 MAX_PENDING = 16 << 20
+# More than any line of METRICS has.
+MAX_LINE = 1 << 16
 
 logger = logging.getLogger(__name__)
 
@@ -307,6 +309,23 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     elif number < len(lines) - 1:
       logger.warning("%s, line %d is damaged; left out", path, number)
   return rows
+
+
+def last_step(path: str | os.PathLike) -> int:
+  """The step of a log's last whole line, of a run that may be going on; or 0.
+
+  Reads the end of the file only.
+  """
+  try:
+    with open(path, "rb") as f:
+      f.seek(max(0, os.fstat(f.fileno()).st_size - MAX_LINE))
+      lines = f.read().split(b"\n")
+  except FileNotFoundError:
+    return 0
+  except OSError as e:
+    raise DataError(f"cannot read {path}: {e.strerror}") from e
+  rows = (_decode(line) for line in reversed(lines[:-1]))
+  return next((row["step"] for row in rows if row is not None), 0)
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -69,19 +69,26 @@ def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
   model = build(config.model)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
   restored = checkpoints.restore_params(abstract_variables(model), step)
-  tokenizer = read_tokenizer(workdir)
-  if restored.meta["tokenizer"] != tokenizer.digest:
-    raise CheckpointError(
-      f"the tokenizer in {workdir} (sha256 {tokenizer.digest[:12]}) is not the "
-      f"one step {restored.step} was trained with "
-      f"({restored.meta['tokenizer'][:12]}); put that file back"
-    )
+  tokenizer = read_tokenizer(workdir, restored.meta)
   return Run(config, model, restored.state, tokenizer, restored.step)
 
 
-def read_tokenizer(workdir: str | os.PathLike) -> Tokenizer:
-  """The tokenizer in the folder of a run."""
-  return load_tokenizer(Path(workdir))
+def read_tokenizer(
+  workdir: str | os.PathLike, meta: dict[str, Any] | None = None
+) -> Tokenizer:
+  """The tokenizer in the folder of a run.
+
+  Raises:
+    CheckpointError: it is not that of the checkpoint whose JSON is `meta`.
+  """
+  tokenizer = load_tokenizer(Path(workdir))
+  if meta is not None and meta["tokenizer"] != tokenizer.digest:
+    raise CheckpointError(
+      f"the tokenizer in {workdir} (sha256 {tokenizer.digest[:12]}) is not the "
+      f"one step {meta['step']} was trained with ({meta['tokenizer'][:12]}); "
+      "put that file back"
+    )
+  return tokenizer
 
 
 def open_checkpoints(

@@ -11,7 +11,7 @@ same rule (`w_gate_EDF`), and einsum letters match the suffixes.
   N  query heads                F  hidden width of an expert or MLP
   K  key/value heads            V  vocabulary
   H  size of one head           L  layers
-  G  query heads per KV head    R  repeats of the layer pattern
+  G  query heads per KV, groups R  repeats of the layer pattern
   Z  width of a latent vector   P  devices of a mesh axis
 
 Where a layer flattens its rows, `T` counts all of the batch's tokens.

@@ -11,9 +11,10 @@ from moejax.data.tokenizer import ByteTokenizer
 from moejax.models import build, init_variables
 
 
-def fresh_run(folder, config):
-  """A run of that config with weights as they are drawn, at step 3."""
-  variables = init_variables(build(config.model), jax.random.key(0))
+def fresh_run(folder, config, variables=None):
+  """A run of that config at step 3, with weights as they are drawn or these."""
+  if variables is None:
+    variables = init_variables(build(config.model), jax.random.key(0))
   names = describe(variables)
   writer = StepWriter(folder / "checkpoints", 3, names, "a test")
   for name, leaf in zip(names, jax.tree.leaves(variables), strict=True):

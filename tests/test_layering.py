@@ -26,7 +26,8 @@ LAYERS = {
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "
-    "generate describe report data.command finetune analysis plan convert"
+    "generate describe report data.command finetune analysis plan convert "
+    "sweep scaling"
   ),
 }
 RANK = {

@@ -156,7 +156,8 @@ def test_router_losses_as_a_sum_over_routers_are_l_times_their_mean():
   stats = RouterStats(
     count_BE=of(L, rows, E), wanted_BE=of(L, rows, E),
     prob_BE=of(L, rows, E), z_B=of(L, rows),
-    entropy_B=of(L, rows), dropped_B=of(L, rows), tokens_B=of(L, rows),
+    entropy_B=of(L, rows), dropped_B=of(L, rows), unrouted_B=of(L, rows),
+    tokens_B=of(L, rows),
   )  # fmt: skip
   sums = losses.LossSums(*map(jnp.asarray, (8.0, 8.0, 0.0, 4.0)))
 

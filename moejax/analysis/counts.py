@@ -35,7 +35,7 @@ class Tally:
     chosen_LE: tokens that have the expert among theirs.
     top_LE: tokens whose best expert it is.
     together_LEE: tokens that have both; the diagonal is `chosen_LE`.
-    entropy_L: sum of the routers' entropies, in nats.
+    entropy_L: sum of the routers' entropies, as shares of the largest.
   """
 
   tokens: Array

@@ -124,7 +124,7 @@ class Load:
 
 @dataclasses.dataclass(frozen=True)
 class Entropy:
-  """Mean entropy of the router's probabilities as a share of ln E.
+  """Mean entropy of the router's probabilities as a share of the largest, ln E.
 
   Attributes:
     routers: names.
@@ -242,8 +242,7 @@ def load(surveys: Sequence[Survey]) -> Load:
 def entropy(surveys: Sequence[Survey]) -> Entropy:
   """Of each checkpoint, all domains together."""
   last = surveys[-1]
-  most = np.log(max(2, last.num_experts))  # one expert has none
-  share = [s.total.entropy_L / s.total.tokens / most for s in surveys]
+  share = [s.total.entropy_L / s.total.tokens for s in surveys]
   steps_M = np.array([s.step for s in surveys])
   return Entropy(last.routers, steps_M, np.stack(share))
 

@@ -63,7 +63,7 @@ def from_hf(
     digest = hub_files.source_digest(source, str(dtype), words.digest)
     table = leaf_table(model, rules, tensors, dtype)
     with RunLock(target):
-      if _is_done(target, digest):
+      if is_done(target, digest):
         print(f"{target} holds this checkpoint already")
         return
       _write_leaves(target, rules, tensors, table, digest, model, words)
@@ -125,16 +125,22 @@ def _write_leaves(target, rules, tensors, table, digest, model, words) -> None:
       for rule in todo:
         _write_rule(rule, tensors, table, writer, pending)
         bar.advance()
-    meta = {
-      "step": STEP,
-      "tokens_seen": 0,
-      "config": _config(target, model, words).to_dict(),
-      "tokenizer": words.digest,
-      "converted_from": digest,
-      "versions": runs.versions(),
-      "git_commit": runs.git_commit(),
-    }
-    writer.commit(meta)
+    writer.commit(converted_meta(_config(target, model, words), words, digest))
+
+
+def converted_meta(
+  config: Config, words: Tokenizer, digest: str
+) -> dict[str, Any]:
+  """What a checkpoint of converted weights says of itself."""
+  return {
+    "step": STEP,
+    "tokens_seen": 0,
+    "config": config.to_dict(),
+    "tokenizer": words.digest,
+    "converted_from": digest,
+    "versions": runs.versions(),
+    "git_commit": runs.git_commit(),
+  }
 
 
 def _write_rule(rule, tensors, table, writer, pending) -> None:
@@ -149,7 +155,7 @@ def _write_rule(rule, tensors, table, writer, pending) -> None:
       writer.write(name, leaf.astype(dtype, copy=False))
 
 
-def _is_done(target: Path, digest: str) -> bool:
+def is_done(target: Path, digest: str) -> bool:
   """Whether the target is this conversion, finished.
 
   Raises:
@@ -180,11 +186,16 @@ def _write_files(source, target, model, words) -> None:
 
 
 def _config(target: Path, model: ModelConfig, words: Tokenizer) -> Config:
-  path = os.path.abspath(target / "tokenizer.json")
-  name = "byte" if words.name == "byte" else path
+  name = tokenizer_name(target, words)
   return Config(
     model=model, data=dataclasses.replace(DataConfig(), tokenizer=name)
   )
+
+
+def tokenizer_name(target: Path, words: Tokenizer) -> str:
+  """`data.tokenizer` of a converted run, which keeps a tokenizer of its own."""
+  path = os.path.abspath(target / "tokenizer.json")
+  return "byte" if words.name == "byte" else path
 
 
 def hub_config(folder: Path) -> dict[str, Any] | None:

@@ -180,7 +180,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
     final_norm_eps=config.final_norm_eps or config.norm_eps,
     scan_layers=False,
     moe=dataclasses.replace(
-      config.moe,
+      config.moe if routed else moe,
       router=_plain_router(config.moe) if routed else moe.router,
       dispatch=moe.dispatch,
       matmul=moe.matmul,

@@ -8,8 +8,9 @@ compute and move.
 """
 
 from moejax.dispatch.dense import dense
+from moejax.dispatch.padded import padded
 from moejax.dispatch.ragged import ragged
 
-DISPATCHES = {"dense": dense, "ragged": ragged}
+DISPATCHES = {"dense": dense, "ragged": ragged, "padded": padded}
 
-__all__ = ["DISPATCHES", "dense", "ragged"]
+__all__ = ["DISPATCHES", "dense", "padded", "ragged"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moejax.routing.base import Routing
 
@@ -31,7 +32,7 @@ def dense(
   T, D = x_TD.shape
   E = routing.num_experts
   h_AD = jnp.tile(x_TD, (E, 1))
-  sizes_E = jnp.full(E, T, jnp.int32)
+  sizes_E = np.full(E, T, np.int32)
   y_ETD = expert_fn(h_AD, sizes_E, weights, None).reshape(E, T, -1)
   somewhere_A = routing.expert_A < E
   expert_A = jnp.where(somewhere_A, routing.expert_A, 0)

@@ -7,6 +7,7 @@ from typing import Self
 from moejax.config import LayerConfig, ModelConfig
 from moejax.routing import resolve
 from moejax.routing.balance import has_bias
+from moejax.routing.inputs import projections_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _mixer(config: ModelConfig, layer: LayerConfig):
   if layer.mixer == "moa":
     yield "attention's keys, values", _always(keys)
     yield "attention's experts", _routed(config, 2 * D * H * kv_heads)
-    yield "routers", _always(D * config.moe.num_experts)
+    yield _routers(config)
     yield _router_biases(config)
     yield _bias(config)
     return
@@ -125,9 +126,16 @@ def _ffn(config: ModelConfig, layer: LayerConfig):
   expert = 3 * D * moe.d_expert
   yield "routed experts", _routed(config, expert)
   yield "shared experts", _always(moe.num_shared_experts * expert)
-  yield "routers", _always(D * moe.num_experts)
+  yield _routers(config)
   yield _router_biases(config)
   yield _bias(config)
+
+
+def _routers(config: ModelConfig) -> tuple[str, Counts]:
+  """The logits of each expert, and what further ones the router asks for."""
+  E = config.moe.num_experts
+  further = projections_of(resolve(config.moe.router_spec), E)
+  return "routers", _always(config.d_model * (E + sum(further.values())))
 
 
 def _router_biases(config: ModelConfig) -> tuple[str, Counts]:

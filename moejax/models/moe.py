@@ -2,6 +2,7 @@
 """The MoE layer: router decides, dispatch moves, experts compute."""
 
 import functools
+from collections.abc import Callable
 from typing import Self
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
+from moejax.errors import ConfigError
 from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models.backends import Backends
 from moejax.models.layers import Mlp, weight
@@ -22,8 +24,11 @@ from moejax.routing import (
   Routing,
   balance,
   check_routing,
+  is_causal,
   resolve,
 )
+from moejax.routing.inputs import BIAS, asks_for, option, projections_of
+from moejax.routing.probe import probe
 
 Array = jax.Array
 
@@ -68,7 +73,7 @@ class MoE(nn.Module):
     y_BTD, stats, choices = backends.placement.local(
       local, (STREAM, TOKENS, ROUTER, weights_axes), out_axes
     )(
-      x_BTD, RoutedTokens.of(rows, layer), router_weights(self, cfg),
+      x_BTD, RoutedTokens.of(cfg, rows, layer), router_weights(self, cfg),
       jax.tree.map(lambda w: w.astype(x_BTD.dtype), self._weights()),
     )  # fmt: skip
     record(self, x_BTD, choices)
@@ -90,10 +95,17 @@ class MoE(nn.Module):
 
 @flax.struct.dataclass
 class RouterWeights:
-  """What a layer's router decides by; `bias_E` is its state, if it has one."""
+  """What a layer's router decides by.
+
+  Attributes:
+    w_DE: of its logits.
+    bias_E: its state, if it has one.
+    further: a matrix for each of its further logits, by its parameter's name.
+  """
 
   w_DE: Array
   bias_E: Array | None
+  further: dict[str, Array]
 
 
 @flax.struct.dataclass
@@ -103,29 +115,42 @@ class RoutedTokens:
   Attributes:
     mask_BT: False for padding.
     keys_BT: a random key each; None where nothing is random.
+    asked: what else the router asks for, by its parameter's name.
   """
 
   mask_BT: Array
   keys_BT: Array | None
+  asked: dict[str, Array]
 
   @classmethod
-  def of(cls, rows: Rows, layer: Array) -> Self:
-    return cls(rows.segment_ids_BT > 0, rows.token_keys(layer))
+  def of(cls, config: ModelConfig, rows: Rows, layer: Array) -> Self:
+    router = resolve(config.moe.router_spec)
+    known = {"token_T": rows.tokens_BT, "position_T": rows.positions_BT}
+    asked = {name: x for name, x in known.items() if asks_for(router, name)}
+    return cls(rows.segment_ids_BT > 0, rows.token_keys(layer), asked)
 
 
-ROUTER = RouterWeights(Axes("embed", None), Axes(None))
+ROUTER = RouterWeights(Axes("embed", None), Axes(None), Axes("embed", None))
 STATS = Partial(Axes("batch"), over=("tokens",))
 
 
 def router_weights(module: nn.Module, config: ModelConfig) -> RouterWeights:
   """The parameters and the state of a layer's own router."""
   D, E = config.d_model, config.moe.num_experts
-  w_DE = weight(module, "w_router_DE", (D, E), ROUTER.w_DE, config.init_std)
-  if not balance.has_bias(resolve(config.moe.router_spec)):
-    return RouterWeights(w_DE, None)
+  matrix = lambda name, width: weight(
+    module, name, (D, width), ROUTER.w_DE, config.init_std
+  )
+  w_DE = matrix("w_router_DE", E)
+  router = resolve(config.moe.router_spec)
+  further = {
+    name: matrix(f"w_router_{name.replace('_T', '_D')}", width)
+    for name, width in projections_of(router, E).items()
+  }
+  if not balance.has_bias(router):
+    return RouterWeights(w_DE, None, further)
   zeros = lambda: jnp.zeros(E, jnp.float32)
   bias = module.variable("router_state", balance.NAME, zeros)
-  return RouterWeights(w_DE, bias.value)
+  return RouterWeights(w_DE, bias.value, further)
 
 
 def route(
@@ -136,20 +161,52 @@ def route(
   weights: RouterWeights,
 ) -> tuple[Routing, RouterStats]:
   """The routing of the flattened tokens, and its sums of each row."""
+  router, name = resolve(config.moe.router_spec), config.moe.router
+  probe(router, config.moe.num_experts, name)
+  _check_rows(config, router, tokens)
+  x_TD = x_BTD.reshape(-1, config.d_model).astype(jnp.float32)
   # float32 at full precision: rounded logits flip near-ties.
-  logits_TE = jnp.matmul(
-    x_BTD.reshape(-1, config.d_model).astype(jnp.float32), weights.w_DE,
-    precision=jax.lax.Precision.HIGHEST,
-  )  # fmt: skip
-  router = resolve(config.moe.router_spec)
-  state = {} if weights.bias_E is None else {"bias_E": weights.bias_E}
-  keys = None if tokens.keys_BT is None else tokens.keys_BT.reshape(-1)
-  routing = check_routing(
-    router(logits_TE, tokens.mask_BT.reshape(-1), rng=keys, **state),
-    config.moe.router,
+  project = lambda w_DE: jnp.matmul(
+    x_TD, w_DE, precision=jax.lax.Precision.HIGHEST
   )
+  asked = {name: x.reshape(-1) for name, x in tokens.asked.items()}
+  asked |= {name: project(w) for name, w in weights.further.items()}
+  if weights.bias_E is not None:
+    asked[BIAS] = weights.bias_E
+  keys = None if tokens.keys_BT is None else tokens.keys_BT.reshape(-1)
+  logits_TE = project(weights.w_DE)
+  routing = router(logits_TE, tokens.mask_BT.reshape(-1), rng=keys, **asked)
+  routing = check_routing(routing, logits_TE, router, name)
+  _check_experts_per_token(config, routing)
   routing = backends.placement.admit(routing)
   return routing, RouterStats.of(routing, tokens.mask_BT)
+
+
+def _check_rows(
+  config: ModelConfig, router: Callable[..., Routing], tokens: RoutedTokens
+) -> None:
+  """Groups across two rows would depend on how a batch is split."""
+  if not asks_for(router, "group_size"):
+    return
+  if tokens.keys_BT is None and is_causal(router):
+    return  # in evaluation it has none
+  T, size = tokens.mask_BT.shape[1], option(router, "group_size")
+  if T % size:
+    raise ConfigError(
+      f"model.moe.router={config.moe.router!r}: rows, or their parts on a "
+      f"device, of {T} tokens are not groups of {size}; use a group_size that "
+      f"divides {T}"
+    )
+
+
+def _check_experts_per_token(config: ModelConfig, routing: Routing) -> None:
+  X, k = routing.experts_per_token, config.moe.experts_per_token
+  if X and X != k:
+    raise ConfigError(
+      f"model.moe.router={config.moe.router!r} gives each token {X} experts, "
+      f"its name says k={k}, which counts parameters and FLOPs; give the "
+      f"router an option k and write k={X}"
+    )
 
 
 def add_bias(module: nn.Module, config: ModelConfig, y_BTD: Array) -> Array:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
+from moejax.errors import ConfigError
 from moejax.experts import scale_rows
 from moejax.models.attention import attend, clip_qkv
 from moejax.models.backends import Backends
@@ -67,7 +68,7 @@ class MoEAttention(nn.Module):
     )
     w_q = weight(self, "w_q_EDKH", (E, D, K, H), W_Q, std).astype(dtype)
     w_o = weight(self, "w_o_EKHD", (E, K, H, D), W_O, std).astype(dtype)
-    tokens = RoutedTokens.of(context.rows, layer + _NOISE)
+    tokens = RoutedTokens.of(cfg, context.rows, layer + _NOISE)
     q_BTXKH, stats, choice = self._queries(x_BTD, tokens, w_q)
     # Head c of all X experts reads keys of head c: neighbours, as GQA has them.
     q_BTNH = q_BTXKH.swapaxes(2, 3).reshape(B, T, K * X, H)
@@ -92,6 +93,11 @@ class MoEAttention(nn.Module):
       E, _, K, H = w_q_EDKH.shape
       routing, stats = route(cfg, backends, x_BTD, tokens, router)
       X = routing.experts_per_token
+      if not X:
+        raise ConfigError(
+          f"model.moe.router={cfg.moe.router!r} gives tokens no fixed number "
+          "of experts, which the heads of moa layers need; use a token choice"
+        )
       q_AF = backends.dispatch(
         self._multiply, w_q_EDKH.reshape(E, D, K * H), x_BTD.reshape(B * T, D),
         routing, combine=False,

@@ -22,7 +22,8 @@ from moejax.models.watching import COLLECTION
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
 from moejax.ops.residuals import ATTENTION, EXCHANGED, PRODUCTS
-from moejax.routing import RouterStats
+from moejax.routing import RouterStats, resolve
+from moejax.routing.probe import probe_tokens
 
 Array = jax.Array
 Variables = dict[str, Any]  # what `Transformer.apply` takes: "params", ...
@@ -91,6 +92,7 @@ class Transformer(nn.Module):
   ) -> ModelOutput:
     """Runs all layers; with a cache, `tokens` are appended to it."""
     cfg, placement = self.config, self.placement
+    rows = rows.replace(tokens_BT=tokens_BT)
     embed = placement.local(
       lambda table_VD, tokens_BT: table_VD[tokens_BT].astype(cfg.dtype),
       (TABLE, TOKENS), STREAM,
@@ -201,8 +203,9 @@ def boxed_variables(model: Transformer) -> Variables:
 
 
 def _init(model: Transformer, key: Array) -> Variables:
-  tokens_BT = jnp.zeros((1, 8), jnp.int32)
-  rows = Rows(jnp.ones((1, 8), jnp.int32), jnp.arange(8)[None])
+  T = probe_tokens(resolve(model.config.moe.router_spec))
+  tokens_BT = jnp.zeros((1, T), jnp.int32)
+  rows = Rows(jnp.ones((1, T), jnp.int32), jnp.arange(T)[None])
   # So short a row cannot be split; where variables lie, the caller says.
   return Transformer(model.config).init(key, tokens_BT, rows)
 

@@ -136,6 +136,7 @@ class ExpertParallel:
       weight_A=gather(routing.weight_A),
       logits_TE=jnp.zeros((self.size * T, here), jnp.float32),  # for its shape
       experts_per_token=routing.experts_per_token,
+      capacity=routing.capacity * self.size,
     )
     y = self.inner(expert_fn, weights, gather(x_TD), everyone, combine)
     return jax.lax.psum_scatter(y, AXIS, tiled=True)

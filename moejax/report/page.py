@@ -45,13 +45,20 @@ def render(run: RunData, sections: dict[str, list[Chart]]) -> str:
   return document(f"{run.name}: {word}", body, footer)
 
 
-def document(title: str, body: list[str], footer: str) -> str:
-  """A page of its own, from HTML parts of which some may be empty."""
+def document(title: str, body: list[str], footer: str, extra: str = "") -> str:
+  """A whole page that needs no network.
+
+  Args:
+    title: text.
+    body: parts in HTML; empty ones are left out.
+    footer: HTML.
+    extra: further HTML for the head, such as styles.
+  """
   return (
     '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>\n</head>\n"
-    f"<body>\n<main>\n{chr(10).join(part for part in body if part)}\n"
+    f"<title>{escape(title)}</title>\n<style>{style_sheet()}</style>{extra}\n"
+    f"</head>\n<body>\n<main>\n{chr(10).join(part for part in body if part)}\n"
     f"<footer>{footer}</footer>\n</main>\n</body>\n</html>\n"
   )
 
@@ -88,7 +95,7 @@ def _tiles(run: RunData) -> str:
 
 
 def card(chart: Chart) -> str:
-  """A picture with its title and note."""
+  """A chart under its title and note."""
   kind = "hero" if chart.size == HERO else "full" if chart.size[0] > 800 else ""
   pictures = _svg(chart, narrow=False)
   if chart.narrow_size is not None:

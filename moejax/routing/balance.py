@@ -6,14 +6,13 @@ in the collection `router_state`; one that also has the option `bias_rate` gets
 it changed after each training step.
 """
 
-import functools
-import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moejax.routing.base import Router
+from moejax.routing.inputs import BIAS, asks_for, option
 
 Array = jax.Array
 
@@ -22,15 +21,12 @@ NAME = "router_bias_E"
 
 def has_bias(router: Router) -> bool:
   """Whether the router takes a bias."""
-  return "bias_E" in inspect.signature(router).parameters
+  return asks_for(router, BIAS)
 
 
 def bias_rate(router: Router) -> float:
   """What its bias changes by in a step; 0 if it has no such option."""
-  if isinstance(router, functools.partial) and "bias_rate" in router.keywords:
-    return router.keywords["bias_rate"]
-  parameters = inspect.signature(router).parameters
-  return parameters["bias_rate"].default if "bias_rate" in parameters else 0.0
+  return option(router, "bias_rate") if asks_for(router, "bias_rate") else 0.0
 
 
 def update_bias(bias_E: Array, count_E: Array, rate: float) -> Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a router decides, as data, and how a config names one.
+"""What a router decides, as data.
 
 A router is a pure function
 
@@ -7,14 +7,11 @@ A router is a pure function
 
 in any importable file. `rng` holds one random key per token (shape [T]), or
 None when nothing may be random (evaluation, generation), so that noise does
-not depend on how a batch is split over devices or microbatches.
+not depend on how a batch is split over devices or microbatches. What else a
+router may ask for, by the names of its parameters: `moejax.routing.inputs`.
 """
 
 import functools
-import importlib
-import importlib.util
-import inspect
-import os
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -23,7 +20,6 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import ConfigError
-from moejax.spec import Spec
 
 Array = jax.Array
 Router = Callable[..., "Routing"]
@@ -44,8 +40,12 @@ class Routing:
       1 and carrying gradient; None is the softmax of the logits.
     wanted_A: where a capacity may send an assignment elsewhere, the expert that
       the router chose, for the balancing loss; None is `expert_A`.
+    unused_A: True for assignments that go nowhere because the token needs no
+      more experts, which are not dropped; None is for none.
     experts_per_token: X if assignment `a` belongs to token `a // X`, else 0.
       Dispatch then moves rows by permutation instead of scatter.
+    capacity: assignments that any one expert has at most; 0 if that is not
+      known. Dispatch may then use buffers of this many rows.
   """
 
   token_A: Array
@@ -54,7 +54,9 @@ class Routing:
   logits_TE: Array
   prob_TE: Array | None = None
   wanted_A: Array | None = None
+  unused_A: Array | None = None
   experts_per_token: int = flax.struct.field(pytree_node=False, default=0)
+  capacity: int = flax.struct.field(pytree_node=False, default=0)
 
   @property
   def num_experts(self) -> int:
@@ -124,22 +126,41 @@ def _check_choice(expert_TX, weight_TX, logits_TE) -> None:
     )
 
 
-def check_routing(routing: Any, name: str) -> "Routing":
-  """What a router returned, if it is one.
+def check_routing(
+  routing: Any, logits_TE: Array, router: Router, name: str
+) -> "Routing":
+  """What a router returned, if it is one; values are seen by `probe`.
 
   Raises:
-    ConfigError: naming the router, if it is not.
+    ConfigError: naming the router and its file, if it is not.
   """
+  where = f"router {name} ({file_of(router)})"
   if not isinstance(routing, Routing):
     raise ConfigError(
-      f"router {name} returned {type(routing).__name__}, not a Routing; "
+      f"{where} returned {type(routing).__name__}, not a Routing; "
       "Routing.from_token_choice makes one"
     )
   A = routing.token_A.shape
-  if routing.expert_A.shape != A or routing.weight_A.shape != A:
+  lists = {"expert_A": routing.expert_A, "weight_A": routing.weight_A}
+  for field in ("wanted_A", "unused_A"):
+    if getattr(routing, field) is not None:
+      lists[field] = getattr(routing, field)
+  if len(A) != 1 or any(x.shape != A for x in lists.values()):
+    shapes = ", ".join(f"{field} {x.shape}" for field, x in lists.items())
+    raise ConfigError(f"{where}: token_A {A}, {shapes} must be one list, [A]")
+  for field in ("token_A", "expert_A"):
+    kind = getattr(routing, field).dtype
+    if not jnp.issubdtype(kind, jnp.integer):
+      raise ConfigError(f"{where}: {field} is {kind}, not integers")
+  if routing.logits_TE.shape != logits_TE.shape:
     raise ConfigError(
-      f"router {name}: token_A {A}, expert_A {routing.expert_A.shape} and "
-      f"weight_A {routing.weight_A.shape} must be one list, [A]"
+      f"{where}: logits_TE of its Routing is {routing.logits_TE.shape}, not "
+      f"{logits_TE.shape} as it was given"
+    )
+  X, T = routing.experts_per_token, logits_TE.shape[0]
+  if X and A != (X * T,):
+    raise ConfigError(
+      f"{where}: experts_per_token={X} of {T} tokens are not {A[0]} assignments"
     )
   return routing
 
@@ -152,71 +173,15 @@ def non_causal(router: Router) -> Router:
 
 def is_causal(router: Router) -> bool:
   """Whether the router may be used for generation."""
-  inner = router.func if isinstance(router, functools.partial) else router
-  return getattr(inner, "causal", True)
+  return getattr(bare(router), "causal", True)
 
 
-def resolve(spec: Spec) -> Router:
-  """The router a config names, with its options bound.
-
-  Bare names live in `moejax.routing`; dotted names in any importable module.
-
-  Raises:
-    ConfigError: no such module or function, or options it does not take.
-  """
-  module_name, _, name = spec.name.rpartition(".")
-  module_name = module_name or "moejax.routing"
-  try:
-    module = importlib.import_module(module_name)
-  except ModuleNotFoundError as e:
-    raise ConfigError(
-      f"model.moe.router: no module {module_name!r} ({e}); the working "
-      "directory and the config's folder are importable"
-    ) from e
-  if not hasattr(module, name):
-    raise ConfigError(
-      f"model.moe.router: {module_name} has no router {name!r}; it has "
-      f"{', '.join(_routers(module))}"
-    )
-  router = getattr(module, name)
-  if "bias_E" in spec.kwargs:
-    raise ConfigError(f"model.moe.router: {name} sets its bias_E itself")
-  _check_options(router, spec)
-  return functools.partial(router, **spec.kwargs)
+def bare(router: Router) -> Router:
+  """The function without the options that were bound to it."""
+  return router.func if isinstance(router, functools.partial) else router
 
 
-def home_of(router: Router) -> str | None:
-  """The folder to import a router of one's own from; None for built-in ones."""
-  inner = router.func if isinstance(router, functools.partial) else router
-  package = inner.__module__.partition(".")[0]
-  if package == "moejax":
-    return None
-  spec = importlib.util.find_spec(package)
-  if spec is None or not spec.has_location:
-    return None  # made in a notebook
-  folders = spec.submodule_search_locations
-  found = folders[0] if folders else spec.origin
-  return os.path.dirname(os.path.abspath(found))
-
-
-def _routers(module) -> list[str]:
-  """Functions of a module that take logits and a mask."""
-  found = inspect.getmembers(module, inspect.isfunction)
-  return [
-    name for name, f in found
-    if list(inspect.signature(f).parameters)[:2] == ["logits_TE", "mask_T"]
-  ]  # fmt: skip
-
-
-def _check_options(router: Router, spec: Spec) -> None:
-  try:
-    inspect.signature(router).bind(None, None, rng=None, **spec.kwargs)
-  except TypeError as e:
-    parameters = list(inspect.signature(router).parameters)[2:]
-    options = [p for p in parameters if p not in ("rng", "bias_E")]
-    unknown = sorted(set(spec.kwargs) - set(options))
-    what = f"no option {', '.join(unknown)}" if unknown else str(e)
-    raise ConfigError(
-      f"model.moe.router: {spec.name}: {what}; its options: "
-      f"{', '.join(options)}"
-    ) from e
+def file_of(router: Router) -> str:
+  """Where a person finds it."""
+  code = getattr(bare(router), "__code__", None)
+  return f"{code.co_filename}:{code.co_firstlineno}" if code else "a callable"

@@ -24,7 +24,8 @@ class Choices:
     chosen_BTE: bool, the experts of each token; none of a padding token's.
     top_BT: int32, the one of them with the largest share of the router's
       probabilities; E where there is none.
-    entropy_BT: entropy of these probabilities, in nats.
+    entropy_BT: entropy of these probabilities as a share of the largest, the
+      logarithm of their number.
   """
 
   chosen_BTE: Array
@@ -43,10 +44,13 @@ class Choices:
       chosen_TE = (expert_TX[..., None] == jnp.arange(E)[None, None]).any(1)
     else:
       chosen_TE = jnp.zeros((T, E + 1), bool)
+      # Null experts come after the true ones.
+      expert_A = jnp.minimum(expert_A, E)
       chosen_TE = chosen_TE.at[routing.token_A, expert_A].set(True)[:, :E]
     chosen_TE &= mask_BT.reshape(T, 1)
     prob_TE, entropy_T = shares_and_entropy(routing)
-    top_T = jnp.where(chosen_TE, prob_TE, -1.0).argmax(-1)
+    entropy_T /= jnp.log(max(2, prob_TE.shape[-1]))  # of one there is none
+    top_T = jnp.where(chosen_TE, prob_TE[:, :E], -1.0).argmax(-1)
     top_T = jnp.where(chosen_TE.any(-1), top_T, E).astype(jnp.int32)
     return cls(
       chosen_BTE=chosen_TE.reshape(*mask_BT.shape, E),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from moejax.errors import ConfigError
 from moejax.routing.base import Routing
+from moejax.routing.capacity import limit, places_of_group
 
 Array = jax.Array
 
@@ -48,18 +49,20 @@ def recycle(
     ConfigError: tokens that do not make whole groups, or impossible options.
   """
   T, E = logits_TE.shape
-  _check(group_size, capacity_factor, overflow, rng)
+  if overflow not in ("recycle", "drop"):
+    raise ConfigError(
+      f"model.moe.router: overflow={overflow!r} is not 'recycle' or 'drop'"
+    )
+  places = places_of_group(capacity_factor, group_size, 1, E)
   prob_TE = jax.nn.softmax(logits_TE, axis=-1)
-  wanted_T = jnp.argmax(prob_TE, axis=-1)
-  expert_T = wanted_T
+  wanted_T = expert_T = jnp.argmax(prob_TE, axis=-1)
+  capacity = 0
   if rng is not None:
-    capacity = -int(-capacity_factor * group_size // E)
-    expert_T = jax.vmap(
-      lambda *group: _place(*group, E, capacity, overflow == "recycle")
-    )(
-      wanted_T.reshape(-1, group_size), mask_T.reshape(-1, group_size),
-      rng[::group_size],
-    ).reshape(T)  # fmt: skip
+    expert_T = limit(
+      wanted_T[:, None], mask_T, E, group_size=group_size, places=places,
+      recycle_rng=rng if overflow == "recycle" else None,
+    )[:, 0]  # fmt: skip
+    capacity = T // group_size * places
   there_T = expert_T < E
   weight_T = jnp.take_along_axis(
     prob_TE, jnp.where(there_T, expert_T, 0)[:, None], axis=-1
@@ -69,42 +72,6 @@ def recycle(
     expert_T[:, None], weight_T, logits_TE, mask_T
   )
   # The balancing loss counts what was wanted.
-  return routing.replace(wanted_A=jnp.where(mask_T, wanted_T, E))
-
-
-def _check(
-  group_size: int, capacity_factor: float, overflow: str, rng: Array | None
-) -> None:
-  if capacity_factor <= 0 or overflow not in ("recycle", "drop"):
-    raise ConfigError(
-      f"model.moe.router: capacity_factor={capacity_factor} must be positive, "
-      f"overflow={overflow!r} 'recycle' or 'drop'"
-    )
-  if group_size < 1 or (rng is not None and rng.shape[0] % group_size):
-    tokens = "" if rng is None else f"{rng.shape[0]} tokens are "
-    raise ConfigError(
-      f"model.moe.router: {tokens}not groups of group_size={group_size}; use a "
-      "divisor of data.seq_len"
-    )
-
-
-def _place(
-  wanted_T: Array, mask_T: Array, key: Array, E: int, C: int, recycled: bool
-) -> Array:
-  """The expert of each token of one group; E is nowhere."""
-  wanted_TE = jax.nn.one_hot(wanted_T, E, dtype=jnp.int32) * mask_T[:, None]
-  # How many tokens before it want the same expert.
-  earlier_TE = jnp.cumsum(wanted_TE, axis=0) - wanted_TE
-  earlier_T = jnp.take_along_axis(earlier_TE, wanted_T[:, None], axis=1)[:, 0]
-  kept_T = mask_T & (earlier_T < C)
-  if not recycled:
-    return jnp.where(kept_T, wanted_T, E)
-  taken_E = jnp.minimum(wanted_TE.sum(0), C)
-  free = (jnp.arange(C)[None] >= taken_E[:, None]).reshape(-1)
-  # Free places in a random order, then taken ones: a place is expert * C + i.
-  order = jnp.argsort(jnp.where(free, jax.random.uniform(key, (E * C,)), 2.0))
-  homeless_T = mask_T & ~kept_T
-  turn_T = jnp.cumsum(homeless_T) - 1
-  found_T = homeless_T & (turn_T < free.sum())
-  place_T = order[jnp.clip(turn_T, 0, E * C - 1)]
-  return jnp.where(kept_T, wanted_T, jnp.where(found_T, place_T // C, E))
+  return routing.replace(
+    wanted_A=jnp.where(mask_T, wanted_T, E), capacity=capacity
+  )

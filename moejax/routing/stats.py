@@ -22,12 +22,15 @@ class RouterStats:
 
   Attributes:
     count_BE: assignments to each expert.
-    wanted_BE: the same, as the router chose before any capacity.
+    wanted_BE: the same, as the router chose before any capacity; null experts
+      included, as in `prob_BE`.
     prob_BE: sum of probabilities of each expert, the softmax or what the router
       says; carries gradient.
     z_B: sum of squared logsumexp of the logits; carries gradient.
-    entropy_B: sum of the entropies of these, in nats.
-    dropped_B: assignments of real tokens that went nowhere.
+    entropy_B: sum of the entropies of these probabilities, in nats; carries
+      gradient.
+    dropped_B: assignments of real tokens that went nowhere for want of room.
+    unrouted_B: real tokens that no expert sees.
     tokens_B: real (unmasked) tokens.
   """
 
@@ -37,6 +40,7 @@ class RouterStats:
   z_B: Array
   entropy_B: Array
   dropped_B: Array
+  unrouted_B: Array
   tokens_B: Array
 
   @classmethod
@@ -54,22 +58,28 @@ class RouterStats:
     row_A = routing.token_A // T
     nowhere_A = routing.expert_A == E
     real_A = mask_BT.reshape(-1)[routing.token_A]
+    dropped_A = nowhere_A & real_A
+    if routing.unused_A is not None:
+      dropped_A &= ~routing.unused_A
+    seen_T = jnp.zeros(B * T, bool).at[routing.token_A].max(~nowhere_A)
 
-    def counts(expert_A):
-      return jnp.zeros((B, E + 1)).at[row_A, expert_A].add(1.0)[:, :E]
+    def counts(expert_A, number):
+      # Null experts come after the true ones, so padding is not told by E.
+      ones = real_A.astype(jnp.float32)
+      sums = jnp.zeros((B, number + 1)).at[row_A, expert_A].add(ones)
+      return sums[:, :number]
 
-    count_BE = wanted_BE = counts(routing.expert_A)
+    count_BE = wanted_BE = counts(routing.expert_A, E)
     if routing.wanted_A is not None:
-      wanted_BE = counts(routing.wanted_A)
+      wanted_BE = counts(routing.wanted_A, prob_TE.shape[-1])
     return cls(
       count_BE=count_BE,
       wanted_BE=wanted_BE,
       prob_BE=per_row(prob_TE),
       z_B=per_row(lse_T**2)[:, 0],
       entropy_B=per_row(entropy_T)[:, 0],
-      dropped_B=jnp.zeros(B)
-      .at[row_A]
-      .add(jnp.where(nowhere_A & real_A, 1.0, 0.0)),
+      dropped_B=jnp.zeros(B).at[row_A].add(dropped_A.astype(jnp.float32)),
+      unrouted_B=per_row(jnp.where(seen_T, 0.0, 1.0))[:, 0],
       tokens_B=mask_BT.sum(1).astype(jnp.float32),
     )
 

@@ -157,7 +157,7 @@ def test_one_checkpoint_leaves_saturation_out_and_says_so(
     {"moe": {"num_experts": E, "d_expert": 12, "router": "top_k(k=1)"},
      "pattern": ("attention/moe",), "scan_layers": False},
     {"moe": {"num_experts": 8, "d_expert": 12, "router":
-             "tests.invariance.routers.expert_choice(group_size=32)"},
+             "expert_choice(k=2, group_size=32)"},
      "pattern": ("attention/moe",)},
   ],
   ids=["top-2", "top-1", "expert choice"],

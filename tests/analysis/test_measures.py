@@ -119,7 +119,7 @@ def test_load_and_entropy(found, tokens):
     number = collections.Counter(e for t in seen for e in t.chosen)
     want = [number[i] / sum(number.values()) * E for i in range(E)]
     np.testing.assert_allclose(load.load_MLE[0, router], want, rtol=1e-12)
-    mean = np.mean([t.entropy for t in seen]) / np.log(E)
+    mean = np.mean([t.entropy for t in seen])
     assert entropy.share_ML[0, router] == pytest.approx(mean, rel=1e-6)
 
 

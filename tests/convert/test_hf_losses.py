@@ -131,6 +131,7 @@ def test_at_perfect_balance():
     wanted_BE=jnp.full((L, 1, E), k * T / E),
     prob_BE=jnp.full((L, 1, E), T / E), z_B=jnp.zeros((L, 1)),
     entropy_B=jnp.zeros((L, 1)), dropped_B=jnp.zeros((L, 1)),
+    unrouted_B=jnp.zeros((L, 1)),
     tokens_B=jnp.full((L, 1), float(T)),
   )  # fmt: skip
   assert pooled(even, [1] * L) == pytest.approx(k)

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.dispatch import DISPATCHES, ragged
+from moejax.dispatch import DISPATCHES, padded, ragged
 from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.ops.grouped_matmul import grouped_matmul
-from moejax.routing import Routing, top_k
+from moejax.routing import Routing, recycle, switch, top_k
 
-T, D, E, F, X = 11, 6, 5, 7, 2
+T, D, E, F, X = 12, 6, 5, 7, 2
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,16 @@ def expert_choice():
   )
 
 
+def with_capacity(router, **options):
+  """Of the last group the later half is padding; some find no place."""
+  logits = jax.random.normal(jax.random.key(5), (T, E)) * 2
+  mask = jnp.arange(T) < T - 2
+  keys = jax.random.split(jax.random.key(6), T)
+  routing = router(logits, mask, group_size=6, rng=keys, **options)
+  assert routing.capacity
+  return routing
+
+
 def all_to_one():
   logits = jnp.zeros((T, E)).at[:, 3].set(9.0)
   return Routing.from_token_choice(
@@ -76,6 +86,12 @@ ROUTINGS = {
   "nothing but padding": lambda: token_choice(jnp.zeros(T, bool)),
   "expert choice": expert_choice,
   "all to one": all_to_one,
+  "top-1 with a capacity": lambda: with_capacity(switch, capacity_factor=1.0),
+  "top-2 with a capacity": lambda: with_capacity(switch, k=2),
+  "expert choice with its capacity": lambda: expert_choice().replace(
+    capacity=3
+  ),
+  "recycled": lambda: with_capacity(recycle),
 }
 
 
@@ -100,7 +116,8 @@ def test_values(weights, dispatch, routing):
 
 @pytest.mark.parametrize("combine", [True, False])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_gradients_equal_the_dense_ones(weights, routing, combine):
+@pytest.mark.parametrize("dispatch", ["ragged", "padded"])
+def test_gradients_equal_the_dense_ones(weights, dispatch, routing, combine):
   routing = ROUTINGS[routing]()
   x = jax.random.normal(jax.random.key(3), (T, D))
   rows = T if combine else routing.token_A.shape[0]
@@ -116,7 +133,7 @@ def test_gradients_equal_the_dense_ones(weights, routing, combine):
     jax.grad(functools.partial(loss, name), argnums=(0, 1, 2))
   )(x, weights, routing.weight_A)
   for got, want in zip(
-    jax.tree.leaves(grad("ragged")), jax.tree.leaves(grad("dense")), strict=True
+    jax.tree.leaves(grad(dispatch)), jax.tree.leaves(grad("dense")), strict=True
   ):
     assert jnp.abs(got - want).max() <= 1e-5 * max(jnp.abs(want).max(), 1e-9)
 
@@ -153,3 +170,23 @@ def test_rows_beyond_the_groups_may_hold_anything(weights, routing, combine):
     strict=True,
   ):  # fmt: skip
     np.testing.assert_array_equal(got, want)
+
+
+def test_padded_computes_buffers_of_the_capacity():
+  """One size for all experts, known when it is traced; without one, ragged."""
+  routing = with_capacity(switch, capacity_factor=1.0)
+  x = jax.random.normal(jax.random.key(3), (T, D))
+  seen = []
+
+  def spy(h, sizes, weights, scale):
+    seen.append((h.shape, sizes))
+    return h if scale is None else h * scale[:, None]
+
+  y = padded(spy, None, x, routing)
+  (shape, sizes), C = seen[0], routing.capacity
+  assert C == 4 and shape == (E * C, D)  # ceil(6 / 5) places of two groups
+  assert isinstance(sizes, np.ndarray) and (sizes == C).all()
+  kept = np.asarray(routing.weight_A)[:, None] * np.asarray(x)
+  np.testing.assert_allclose(y, kept, rtol=1e-6)
+  padded(spy, None, x, routing.replace(capacity=0))
+  assert seen[1][0] == (T, D) and not isinstance(seen[1][1], np.ndarray)

@@ -34,7 +34,9 @@ MESHES = {
 }
 ANY = "tests.invariance.routers.any_of(k=2)"
 # Has no fixed number of experts a token, and so no attention experts.
-EXPERT_CHOICE = "tests.invariance.routers.expert_choice(group_size=16)"
+EXPERT_CHOICE = "expert_choice(k=2, group_size=16)"
+# Its capacity is known when the program is traced, as buffers need it.
+SWITCH = "switch(k=2, group_size=16)"
 TERMS = ("loss/total", "loss/balance", "loss/router_z")
 
 
@@ -109,7 +111,7 @@ def outcomes(cell: Cell):
   """By router: terms of the loss, the gradient of each alone, routers' sums."""
   compute, given = program(cell), variables(cell.router)
   if cell.router != ANY:
-    return {"expert_choice": jax.device_get(compute(given, batch()))}
+    return {cell.router: jax.device_get(compute(given, batch()))}
   return {
     name: jax.device_get(compute(choosing(given, name), batch()))
     for name in ROUTERS

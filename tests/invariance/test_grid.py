@@ -14,6 +14,7 @@ from tests.invariance.cells import (
   ANY,
   EXPERT_CHOICE,
   MESHES,
+  SWITCH,
   Cell,
   errors,
   outcomes,
@@ -31,7 +32,15 @@ WAYS = [
 GRID = WAYS + [
   Cell("ep4", dispatch="ragged", exchange="all_gather"),
   Cell("fsdp2-ep2-tp2", dispatch="ragged", exchange="all_gather"),
-  *(Cell(mesh, 4, "full", "ragged", router=EXPERT_CHOICE) for mesh in MESHES),
+  *(
+    Cell(mesh, 4, "full", dispatch, router=router)
+    for mesh in MESHES
+    for router, dispatch in (
+      (EXPERT_CHOICE, "ragged"),
+      (EXPERT_CHOICE, "padded"),
+      (SWITCH, "padded"),
+    )
+  ),
 ]
 # Each mesh at least once.
 SLICE = [
@@ -44,11 +53,12 @@ SLICE = [
   Cell("fsdp2-ep2-tp2", 4, "full", "ragged"),
   Cell("sequence2", 1, "full", "ragged"),
   Cell("ep4", 1, "none", "ragged", router=EXPERT_CHOICE),
+  Cell("dp2-ep4", 1, "none", "padded", router=SWITCH),
 ]
 
 
 def name_of(cell):
-  router = "any" if cell.router == ANY else "expert_choice"
+  router = "any" if cell.router == ANY else cell.router.partition("(")[0]
   return (
     f"{cell.mesh}-{cell.accumulation}-{cell.remat}-{cell.dispatch}-"
     f"{cell.exchange}-{router}"

@@ -92,7 +92,7 @@ def test_choices_are_those_of_the_logits_in_float64(name, scan_layers):
     order = np.argsort(-logits[place])
     prob = np.exp(logits[place] - logits[place].max())
     prob /= prob.sum()
-    entropy = -(prob * np.log(prob)).sum()
+    entropy = -(prob * np.log(prob)).sum() / np.log(E)
     assert choices.entropy_BT[place] == pytest.approx(entropy, rel=1e-5)
     # A difference that float32 cannot hold decides nothing.
     if np.abs(np.diff(logits[place][order[:3]])).min() < 1e-5:
@@ -103,21 +103,31 @@ def test_choices_are_those_of_the_logits_in_float64(name, scan_layers):
   assert close < 0.01 * L * mask.sum()
   np.testing.assert_array_equal(choices.chosen_BTE.sum(2), stats.count_BE)
   np.testing.assert_allclose(
-    choices.entropy_BT.sum(2), stats.entropy_B, rtol=1e-5
+    choices.entropy_BT.sum(2) * np.log(E), stats.entropy_B, rtol=1e-5
   )
 
 
-def test_a_router_without_a_number_of_experts_a_token():
+@pytest.mark.parametrize(
+  "router, most",
+  [
+    (EXPERT_CHOICE, 8),
+    ("top_p(p=0.4, k=3)", 3),
+    ("null_experts(k=2, num_null=6)", 2),
+  ],
+)
+def test_routers_without_a_number_of_experts_a_token(router, most):
+  """Experts whom nobody needs, and null experts, are not chosen."""
   stack = {"pattern": ("attention/moe",), "num_layers": 2}
-  watched, stats, _ = watch(config_of(stack, router=EXPERT_CHOICE))
+  watched, stats, _ = watch(config_of(stack, router=router))
   chosen = watched.choices.chosen_BTE
   np.testing.assert_array_equal(chosen.sum(2), stats.count_BE)
   each = chosen.sum(-1)
-  assert each.min() == 0 and each.max() > 2
+  assert each.min() == 0 and 1 < each.max() <= most
   nowhere = each == 0
   np.testing.assert_array_equal(watched.choices.top_BT == 8, nowhere)
   top = watched.choices.top_BT[~nowhere]
   assert chosen[~nowhere][np.arange(len(top)), top].all()
+  assert 0 < watched.choices.entropy_BT.max() < 1
 
 
 @pytest.mark.parametrize("mesh", ["dp2-ep4", "fsdp2-ep2-tp2", "sequence2"])

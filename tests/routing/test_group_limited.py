@@ -98,7 +98,7 @@ def test_what_a_router_says_of_its_bias():
   assert bias_rate(router) == 0.5
   router = resolve(Spec.parse("top_k(k=2)"))
   assert not has_bias(router) and bias_rate(router) == 0
-  with pytest.raises(ConfigError, match="sets its bias_E itself"):
+  with pytest.raises(ConfigError, match="is given its bias_E by the model"):
     resolve(Spec.parse("group_limited(k=3, bias_E=1)"))
 
 

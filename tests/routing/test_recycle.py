@@ -185,7 +185,7 @@ def test_microbatches_deal_the_same_places(accumulation):
   "options, message",
   [
     ({"group_size": 7}, "72 tokens are not groups of group_size=7"),
-    ({"group_size": 0}, "not groups of group_size=0"),
+    ({"group_size": 0}, "group_size=0 must be positive"),
     ({"group_size": S, "capacity_factor": 0}, "must be positive"),
     ({"group_size": S, "overflow": "pad"}, "'recycle' or 'drop'"),
   ],

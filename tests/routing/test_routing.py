@@ -40,9 +40,9 @@ def uneven(logits_TE, mask_T, *, rng=None):
   "router, message",
   [
     (swapped, "experts are float32, not integers; the order is"),
-    (one_weight, r"weights \(8, 1\) for logits \(8, 5\); both must be"),
-    (bare_tuple, "bare_tuple returned list, not a Routing"),
-    (uneven, r"uneven: token_A \(16,\), expert_A \(16,\) and weight_A \(15,"),
+    (one_weight, r"weights \(16, 1\) for logits \(16, 5\); both must be"),
+    (bare_tuple, r"bare_tuple \(.*routing.py:\d+\) returned list, not a Rou"),
+    (uneven, r"token_A \(32,\), expert_A \(32,\), weight_A \(31,\) must be"),
   ],
 )
 def test_a_wrong_result_is_one_line(router, message):

@@ -108,7 +108,7 @@ def test_a_router_in_a_file_of_ones_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "text,message",
   [
-    ("topk(k=1)", "no router 'topk'; it has group_limited, recycle"),
+    ("topk(k=1)", "'topk'; did you mean 'top_k'. It has attention_heads"),
     ("top_k(n=1)", "its options: k, score, renormalize, jitter"),
     ("nowhere.at_all(k=1)", "no module 'nowhere'"),
   ],

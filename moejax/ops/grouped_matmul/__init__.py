@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.ops.grouped_matmul import batched
 from moejax.ops.grouped_matmul.backends import (
   choose_backend,
   describe,
@@ -32,7 +33,8 @@ def grouped_matmul(
     lhs_AD: rows sorted by group: the first `group_sizes_E[0]` belong to group
       0, and so on. Rows beyond the last group may hold anything, NaN included.
     rhs_EDF: a matrix per group.
-    group_sizes_E: integers; zeros are fine; their sum is at most A.
+    group_sizes_E: integers; zeros are fine; their sum is at most A. As NumPy's
+      and all the same, they make one batched product on a TPU or GPU.
     backend: a name from `choose_backend`.
     zero_beyond: False where the caller looks at no row beyond the last group,
       which saves a pass over the result on a TPU.
@@ -42,6 +44,8 @@ def grouped_matmul(
     are exactly zero (or may be anything) and have zero gradients.
   """
   _check(lhs_AD, rhs_EDF, group_sizes_E)
+  if batched.fits(backend, lhs_AD.shape[0], group_sizes_E):
+    backend = "batched"
   if 0 in (*lhs_AD.shape, *rhs_EDF.shape):
     return jnp.zeros((lhs_AD.shape[0], rhs_EDF.shape[2]), lhs_AD.dtype)
   out_AF = _grouped_matmul(

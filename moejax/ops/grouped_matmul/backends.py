@@ -26,7 +26,7 @@ _COST = {
 
 def kernels_of(name: str) -> types.ModuleType:
   """The module with a back end's `gmm`, `gmm_transposed` and `tgmm`."""
-  if name not in _SUMMARY:
+  if name not in (*_SUMMARY, "batched"):
     raise ConfigError(
       f"unknown grouped_matmul backend {name!r}; "
       f"known: auto, {', '.join(_SUMMARY)}"

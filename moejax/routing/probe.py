@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A router tried on a few tokens before it is believed.
+
+What it returns is known only when it runs, and by then within a compiled
+program; so it is run once on made-up logits when the model is traced first.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.errors import ConfigError
+from moejax.routing.base import (
+  Router,
+  Routing,
+  bare,
+  check_routing,
+  file_of,
+  is_causal,
+)
+from moejax.routing.inputs import (
+  BIAS,
+  asks_for,
+  option,
+  projections_of,
+)
+
+Array = jax.Array
+
+_TOKENS = 16
+_tried: set[tuple[Router, str, int]] = set()
+
+
+def probe_tokens(router: Router) -> int:
+  """How many tokens it can be tried on: a group, if it has groups."""
+  return option(router, "group_size") if asks_for(router, "group_size") else (
+    _TOKENS
+  )  # fmt: skip
+
+
+def probe(router: Router, num_experts: int, name: str) -> None:
+  """Runs a router in training and in evaluation, and looks at what it says.
+
+  Once for each function, name and number of experts: a function that was edited
+  in a notebook is another one.
+
+  Args:
+    router: with its options bound.
+    num_experts: E.
+    name: as the config writes it.
+
+  Raises:
+    ConfigError: experts or tokens that do not exist, weights that are not
+      finite, padding that is sent to experts, or choices that depend on later
+      tokens without the mark `non_causal`.
+  """
+  if (tried := (bare(router), name, num_experts)) in _tried:
+    return
+  # Also where the caller is being traced.
+  with jax.ensure_compile_time_eval():
+    _probe(router, num_experts, name)
+  _tried.add(tried)
+
+
+def _probe(router: Router, num_experts: int, name: str) -> None:
+  where = f"router {name} ({file_of(router)})"
+  for training in (True, False):
+    first, mask_T = _run(router, num_experts, name, training, change=False)
+    _check_values(first, mask_T, num_experts, where)
+    if training or not is_causal(router):
+      continue
+    second, _ = _run(router, num_experts, name, training, change=True)
+    half = mask_T.shape[0] // 2
+    same = np.array_equal(_table(first)[:half], _table(second)[:half])
+    if not same:
+      raise ConfigError(
+        f"{where}: choices for a token depend on later tokens; mark it with "
+        "@moejax.routing.non_causal, and it is refused in generation"
+      )
+
+
+def _run(
+  router: Router, E: int, name: str, training: bool, change: bool
+) -> tuple[Routing, np.ndarray]:
+  """A routing of made-up tokens, of which the later half may be changed."""
+  T = probe_tokens(router)
+  draw = np.random.default_rng(0)
+  later = np.arange(T) >= T // 2
+
+  def made_up(*shape):
+    x = draw.standard_normal(shape).astype(np.float32)
+    other = draw.standard_normal(shape).astype(np.float32)
+    x = np.where(later[:, None] & change, other, x) if len(shape) > 1 else x
+    return jnp.asarray(x)
+
+  mask_T = np.arange(T) != 1
+  inputs = {
+    "logits_TE": made_up(T, E),
+    **{n: made_up(T, w) for n, w in projections_of(router, E).items()},
+  }
+  ids_T = jnp.where(later & change, 7, jnp.arange(T, dtype=jnp.int32))
+  if asks_for(router, "token_T"):
+    inputs["token_T"] = ids_T
+  if asks_for(router, "position_T"):
+    inputs["position_T"] = jnp.arange(T, dtype=jnp.int32)
+  if asks_for(router, BIAS):
+    inputs[BIAS] = jnp.zeros(E)
+  inputs["rng"] = jax.random.split(jax.random.key(0), T) if training else None
+
+  @jax.jit
+  def run(inputs):
+    logits_TE = inputs.pop("logits_TE")
+    routing = router(logits_TE, jnp.asarray(mask_T), **inputs)
+    return check_routing(routing, logits_TE, router, name)
+
+  return jax.device_get(run(inputs)), mask_T
+
+
+def _check_values(
+  routing: Routing, mask_T: np.ndarray, E: int, where: str
+) -> None:
+  expert_A, token_A = routing.expert_A, routing.token_A
+  if expert_A.size and not 0 <= expert_A.min() <= expert_A.max() <= E:
+    raise ConfigError(
+      f"{where}: experts from {expert_A.min()} to {expert_A.max()}, but there "
+      f"are {E}, from 0 to {E - 1} ({E} means nowhere)"
+    )
+  T = mask_T.shape[0]
+  if token_A.size and not 0 <= token_A.min() <= token_A.max() < T:
+    raise ConfigError(
+      f"{where}: tokens from {token_A.min()} to {token_A.max()}, but there are "
+      f"{T}, from 0 to {T - 1}"
+    )
+  X = routing.experts_per_token
+  if X and not np.array_equal(token_A, np.repeat(np.arange(T), X)):
+    raise ConfigError(
+      f"{where}: with experts_per_token={X}, assignment a must be of token "
+      f"a // {X}; leave it at 0 for any other order"
+    )
+  if not np.isfinite(routing.weight_A).all():
+    raise ConfigError(f"{where}: weight_A has numbers that are not finite")
+  if (expert_A[~mask_T[token_A]] < E).any():
+    raise ConfigError(
+      f"{where}: sends padding to experts; where mask_T is False, expert_A "
+      "must be E, nowhere (Routing.from_token_choice does it)"
+    )
+
+
+def _table(routing: Routing) -> np.ndarray:
+  """[T, E + 1]: the weight that each token gives each expert."""
+  T, E = routing.logits_TE.shape
+  table = np.zeros((T, E + 1))
+  np.add.at(table, (routing.token_A, routing.expert_A), routing.weight_A)
+  return table

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is fitted: size, tokens, compute and loss of finished runs.
+
+Suffix: `P` points.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moejax.config import differences
+from moejax.errors import DataError
+from moejax.report.rundata import RunData, load_run_data
+from moejax.scaling.laws import SIX_ND, ComputeLaw
+from moejax.scaling.sizes import SIZE_OPTIONS
+
+COLUMNS = ("name", "active_params", "tokens", "flops", "loss")
+# N as the table's column of it is called.
+COUNTS = {"active": "active_params", "non-embedding": "non_embedding_params"}
+VALIDATION = "validation/xent"
+
+# Losses on other text, or on other tokens of it, have no law in common.
+_SAME = ("sources", "weights", "text_key", "tokenizer", "validation_fraction")
+# What changes no loss by itself, or is repeated on purpose.
+_MAY_DIFFER = (
+  "checkpoint.", "parallel.", "eval.", "seed", "data.store", "data.num_workers",
+  "data.prefetch_rows", "model.remat", "model.attention", "model.moe.dispatch",
+  "model.moe.matmul", "model.scan_layers", "train.accumulation_steps",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+  """Finished runs.
+
+  Attributes:
+    names: of each.
+    params: N, parameters a token uses, [P].
+    tokens: D, [P].
+    flops: C, [P].
+    loss: nats per token on held-out text, [P].
+    notes: what a reader of the fit should know.
+  """
+
+  names: tuple[str, ...]
+  params: np.ndarray
+  tokens: np.ndarray
+  flops: np.ndarray
+  loss: np.ndarray
+  notes: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+  def take(self, indices: np.ndarray) -> "Points":
+    return Points(
+      tuple(self.names[i] for i in indices),
+      self.params[indices], self.tokens[indices], self.flops[indices],
+      self.loss[indices], self.notes,
+    )  # fmt: skip
+
+
+def read_points(paths: list[str], params: str = "active") -> Points:
+  """Points of runs' folders and of tables (.csv, .json), in this order.
+
+  A table has the columns active_params, tokens, loss, and may have name and
+  flops (else 6 N D, and a note says so). Of a run: the parameters and FLOPs
+  that its config.json has, all tokens of its steps, and the validation loss of
+  its last step.
+
+  Args:
+    paths: folders and files.
+    params: what N counts, `active` or `non-embedding` (a table then needs the
+      column non_embedding_params).
+
+  Raises:
+    DataError: a run that is not finished or not validated at its end, runs on
+      other data, a table that is damaged or lacks a column.
+  """
+  rows, runs, notes = [], [], []
+  for path in map(Path, paths):
+    if path.suffix in (".csv", ".json") and not path.is_dir():
+      table = _read_table(path, COUNTS[params])
+      missing = sum(row["flops"] is None for row in table)
+      if missing:
+        notes.append(f"{path}: {missing} points without flops count as 6 N D")
+      rows += table
+    else:
+      runs.append(load_run_data(path))
+      rows.append(_point_of(runs[-1], path, params))
+  notes += _check_comparable(runs)
+  numbers = {
+    key: np.array([row[key] for row in rows], float)
+    for key in ("params", "tokens", "flops", "loss")
+  }
+  flops = np.where(
+    np.isnan(numbers["flops"]),
+    SIX_ND.flops(numbers["params"], numbers["tokens"]),
+    numbers["flops"],
+  )
+  names = tuple(row["name"] for row in rows)
+  return Points(names, **(numbers | {"flops": flops}), notes=tuple(notes))
+
+
+def compute_law(points: Points) -> tuple[ComputeLaw, float]:
+  """C = K N^p D through the points, and its largest relative error.
+
+  Least squares of ln(C / (N D)) over ln N; p is 1 where all sizes are one.
+  """
+  x = np.log(points.params)
+  y = np.log(points.flops) - x - np.log(points.tokens)
+  slope = 0.0
+  if np.ptp(x) > 0:
+    slope = float((x - x.mean()) @ y / ((x - x.mean()) @ (x - x.mean())))
+  law = ComputeLaw(float(np.exp(y.mean() - slope * x.mean())), 1 + slope)
+  ratio = law.flops(points.params, points.tokens) / points.flops
+  return law, float(np.abs(ratio - 1).max())
+
+
+def to_csv(points: Points) -> str:
+  """A table that `read_points` reads again; N is in active_params."""
+  out = io.StringIO()
+  writer = csv.writer(out, lineterminator="\n")
+  writer.writerow(COLUMNS)
+  columns = (points.params, points.tokens, points.flops, points.loss)
+  for name, *numbers in zip(points.names, *columns):
+    writer.writerow([name, *(repr(float(x)) for x in numbers)])
+  return out.getvalue()
+
+
+def _point_of(run: RunData, path: Path, params: str) -> dict[str, Any]:
+  """One finished run as a row."""
+  config = run.record["config"]
+  steps = config["train"]["num_steps"]
+  if run.last_step < steps:
+    raise DataError(
+      f"{path} is at step {run.last_step} of {steps}; finish it with moejax "
+      f"train --workdir={path}, or leave it out"
+    )
+  evaluations = run.evaluations
+  if not len(evaluations) or VALIDATION not in evaluations:
+    raise DataError(f"{path} has no validation loss; train with eval.every > 0")
+  if evaluations.steps[-1] != steps:
+    raise DataError(
+      f"{path} was not validated at its last step {steps}, only at "
+      f"{evaluations.steps[-1]}; leave it out, or train it again"
+    )
+  model = config["model"]
+  try:
+    found = {
+      "params": run.record["num_active_params"],
+      "flops": run.record["flops_per_token"],
+      "tokens": steps * config["train"]["batch_size"]
+      * config["data"]["seq_len"],
+      "loss": float(evaluations[VALIDATION][-1]),
+    }  # fmt: skip
+    if params == "non-embedding":
+      table = model["vocab_size"] * model["d_model"]
+      found["params"] -= table * (1 if model["tie_embeddings"] else 2)
+  except KeyError as e:
+    raise DataError(
+      f"{path}/config.json is not what a run writes: no {e}"
+    ) from e
+  if not math.isfinite(found["loss"]):
+    raise DataError(
+      f"{path}: its validation loss is {found['loss']}; leave it out"
+    )
+  found["flops"] *= found["tokens"]
+  return found | {"name": run.name}
+
+
+def _check_comparable(runs: list[RunData]) -> list[str]:
+  """Refuses other data; a note for what else differs beside the size."""
+  if not runs:
+    return []
+  first, keys = runs[0], set()
+  for run in runs[1:]:
+    old, new = first.record["config"], run.record["config"]
+    for key in _SAME:
+      if old["data"][key] != new["data"][key]:
+        raise DataError(
+          f"{first.name} and {run.name} differ in data.{key} "
+          f"({old['data'][key]!r}, {new['data'][key]!r}); their losses cannot "
+          "be compared: fit them apart"
+        )
+    changed = (line.split(": ")[0] for line in differences(old, new))
+    keys |= {
+      key
+      for key in changed
+      if key not in SIZE_OPTIONS and not key.startswith(_MAY_DIFFER)
+    }
+  if not keys:
+    return []
+  return [
+    f"the runs differ in more than size and length: {', '.join(sorted(keys))}"
+  ]
+
+
+def _read_table(path: Path, params_column: str) -> list[dict[str, Any]]:
+  try:
+    text = path.read_text(encoding="utf-8")
+  except FileNotFoundError:
+    raise DataError(f"no table {path}") from None
+  except (OSError, UnicodeDecodeError) as e:
+    raise DataError(f"{path} cannot be read: {e}") from e
+  if path.suffix == ".json":
+    rows = _json_rows(path, text)
+  else:
+    rows = list(csv.DictReader(io.StringIO(text)))
+  if not rows:
+    raise DataError(f"{path} has no points")
+  return [
+    {
+      "name": str(row["name"]) if "name" in row else f"{path.stem}-{i}",
+      "params": _number(row, params_column, path, i),
+      "tokens": _number(row, "tokens", path, i),
+      "loss": _number(row, "loss", path, i),
+      "flops": _number(row, "flops", path, i)
+      if "flops" in row and row["flops"] not in (None, "")
+      else None,
+    }
+    for i, row in enumerate(rows, 1)
+  ]
+
+
+def _json_rows(path: Path, text: str) -> list[dict[str, Any]]:
+  try:
+    rows = json.loads(text)
+  except json.JSONDecodeError as e:
+    raise DataError(f"{path} is no JSON: {e}") from e
+  if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+    raise DataError(
+      f"{path} is no list of points such as "
+      '[{"active_params": 1e6, "tokens": 1e7, "loss": 3.2}]'
+    )
+  return rows
+
+
+def _number(row: dict[str, Any], key: str, path: Path, i: int) -> float:
+  """A finite positive number of a table's row `i`, counted from 1."""
+  if key not in row:
+    raise DataError(
+      f"{path} has no column {key}; it needs {key}, tokens and loss, and may "
+      "have name and flops"
+    )
+  try:
+    value = float(row[key])
+  except (TypeError, ValueError):
+    raise DataError(
+      f"{path}, point {i}: {key}={row[key]!r} is no number"
+    ) from None
+  if not (math.isfinite(value) and value > 0):
+    raise DataError(f"{path}, point {i}: {key}={row[key]} must be positive")
+  return value

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a sweep file says: one config, and points that change it."""
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.cli import apply_overrides, call_in_file, load_config_file
+from moejax.config import Config, set_value
+from moejax.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """Runs of one config, each point with every seed.
+
+    def get_sweep():
+      return Sweep(
+        config="configs/tiny.py",
+        points={
+          "top_k": {"model.moe.router": "top_k(k=2)"},
+          "mine": {"model.moe.router": "my_router.route(k=2)"},
+        },
+        common={"train.num_steps": 300},
+      )
+
+  Attributes:
+    config: `FILE.py[:ARG]`, seen from the sweep file's folder or from the
+      working directory.
+    points: for each point's name, options and their values.
+    common: options of all points.
+    seeds: values of `seed`. Points of one seed see the same batches, and start
+      from the same weights as far as they have them.
+    baseline: the point that others are compared with; "" takes the first.
+    title: of the comparison; "" takes the first line of the file's docstring.
+  """
+
+  config: str
+  points: Mapping[str, Mapping[str, Any]]
+  common: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seeds: Sequence[int] = (0, 1)
+  baseline: str = ""
+  title: str = ""
+
+  def __post_init__(self):
+    if not self.points or not self.seeds:
+      raise ConfigError("a sweep needs at least one point and one seed")
+    for name in self.points:
+      if not _NAME.fullmatch(name):
+        raise ConfigError(
+          f"point {name!r} names a folder: letters, digits and _ . + = - only"
+        )
+    if len(set(self.seeds)) < len(self.seeds):
+      raise ConfigError(f"seeds={tuple(self.seeds)} has one of them twice")
+    if self.baseline and self.baseline not in self.points:
+      raise ConfigError(
+        f"baseline={self.baseline!r} is none of the points "
+        f"{', '.join(self.points)}"
+      )
+
+  @property
+  def reference(self) -> str:
+    """The point that others are compared with."""
+    return self.baseline or next(iter(self.points))
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+  """One run of a sweep; `name` is its folder below the sweep's."""
+
+  point: str
+  seed: int
+  config: Config
+
+  @property
+  def name(self) -> str:
+    return f"{self.point}/seed_{self.seed}"
+
+
+def grid(
+  axes: Mapping[str, Sequence[Any] | Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+  """Points of all combinations: `grid({"optimizer.eps": [1e-8, 1e-5]})`.
+
+  Args:
+    axes: for each option its values, or values by the names that points shall
+      have; without names, a point is called `option=value`.
+  """
+  named = [
+    [(label, option, value) for label, value in _labelled(option, values)]
+    for option, values in axes.items()
+  ]
+  return {
+    "_".join(label for label, _, _ in chosen): {
+      option: value for _, option, value in chosen
+    }
+    for chosen in itertools.product(*named)
+  }
+
+
+def load_sweep(path: str) -> Sweep:
+  """The Sweep that `get_sweep` of a file returns, path and title filled in.
+
+  Args:
+    path: `FILE.py` or `FILE.py:arg`.
+
+  Raises:
+    ConfigError: no such file, or whatever goes wrong in it.
+  """
+  filename = path.partition(":")[0]
+  if not os.path.isfile(filename):
+    raise ConfigError(
+      f"no sweep file {filename!r}; see experiments/*/sweep.py for examples"
+    )
+  module, sweep = call_in_file(path, "get_sweep")
+  if not isinstance(sweep, Sweep):
+    raise ConfigError(
+      f"{filename}: get_sweep returned {type(sweep).__name__}, not a "
+      "moejax.sweep.Sweep; is there a `return`?"
+    )
+  beside = Path(filename).parent / sweep.config
+  if beside.with_name(beside.name.partition(":")[0]).is_file():
+    sweep = dataclasses.replace(sweep, config=str(beside))
+  if not sweep.title:
+    first = (module.__doc__ or Path(filename).parent.name).strip()
+    sweep = dataclasses.replace(sweep, title=first.splitlines()[0].rstrip("."))
+  return sweep
+
+
+def plan_runs(sweep: Sweep, extra_args: Sequence[str] = ()) -> list[PlannedRun]:
+  """All runs of a sweep, seed by seed, each config built and checked.
+
+  Args:
+    sweep: from `load_sweep`.
+    extra_args: `--config.a.b=value` for all of them.
+
+  Raises:
+    ConfigError: naming every point that is wrong.
+  """
+  runs, wrong = [], {}
+  for seed, point in itertools.product(sweep.seeds, sweep.points):
+    try:
+      runs.append(
+        PlannedRun(point, seed, _config(sweep, point, seed, extra_args))
+      )
+    except ConfigError as e:
+      wrong[point] = str(e)
+  raise_wrong_points(wrong)
+  return runs
+
+
+def raise_wrong_points(wrong: Mapping[str, str]) -> None:
+  """One error for all points that cannot be built, if there are any."""
+  if not wrong:
+    return
+  by_reason: dict[str, list[str]] = {}
+  for point, said in wrong.items():
+    by_reason.setdefault(said, []).append(point)
+  lines = "; ".join(f"{', '.join(p)}: {said}" for said, p in by_reason.items())
+  number = "a point" if len(wrong) == 1 else f"{len(wrong)} points"
+  raise ConfigError(f"{number} cannot be built, nothing was started. {lines}")
+
+
+def _config(
+  sweep: Sweep, point: str, seed: int, extra_args: Sequence[str]
+) -> Config:
+  config = load_config_file(sweep.config)
+  for path, value in {**sweep.common, **sweep.points[point]}.items():
+    set_value(config, path, value)
+  apply_overrides(config, list(extra_args))
+  if "seed" not in sweep.points[point]:
+    set_value(config, "seed", seed)
+  return Config.from_dict(config)
+
+
+def _labelled(option: str, values: Any) -> list[tuple[str, Any]]:
+  if isinstance(values, Mapping):
+    return list(values.items())
+  short = option.rpartition(".")[2]
+  return [
+    (f"{short}=" + re.sub(r"[^\w.+=-]+", "-", str(v)).strip("-"), v)
+    for v in values
+  ]

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison as a table: columns, text, Markdown, JSON."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from moejax.files import write_atomically
+from moejax.progress import format_count
+from moejax.sweep.compare import Comparison, PointResult, mean_and_error
+
+TABLE, NUMBERS = "comparison.md", "comparison.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """One column: how its number is found, written and explained."""
+
+  key: str
+  heading: str
+  explanation: str
+  value: Callable[[Comparison, PointResult], float]
+  write: Callable[[float], str]
+
+
+def columns(comparison: Comparison) -> list[Column]:
+  """Those that say something: no drops in any run, no column of drops."""
+  found = [
+    Column("loss", "final loss", _loss_note(comparison), _loss,
+           "{:.4f}".format),
+    Column(
+      "difference", f"against {comparison.reference}",
+      f"final loss minus that of {comparison.reference}, mean over seeds; runs "
+      "of one seed see the same batches", _difference, "{:+.4f}".format,
+    ),
+    Column(
+      "tokens_per_second", "tokens/s", "median step's tokens per second, mean "
+      "over seeds", lambda c, p: p.mean(lambda r: r.tokens_per_second),
+      "{:,.0f}".format,
+    ),
+    _router(
+      "router/max_over_mean", "busiest expert",
+      "assignments of the busiest expert over the fair share, of the worst "
+      "layer; 1 is perfect balance", "{:.2f}".format,
+    ),
+    _router(
+      "router/entropy", "entropy", "mean entropy of the router's probabilities "
+      "as a share of the largest; 1 is undecided", "{:.2f}".format,
+    ),
+    _router(
+      "router/experts_per_token", "experts/token",
+      "mean number of experts that see a token", "{:.2f}".format,
+    ),
+    _router(
+      "router/dropped", "dropped", "share of assignments that found no room",
+      "{:.1%}".format,
+    ),
+    _router(
+      "router/unrouted", "unrouted", "share of tokens that no expert sees",
+      "{:.1%}".format,
+    ),
+    Column(
+      "num_active_params", "active", "parameters that a token uses",
+      lambda c, p: p.mean(lambda r: r.number("num_active_params")),
+      format_count,
+    ),
+    Column(
+      "num_params", "total", "parameters",
+      lambda c, p: p.mean(lambda r: r.number("num_params")), format_count,
+    ),
+  ]  # fmt: skip
+  known = lambda column: any(
+    math.isfinite(column.value(comparison, p)) for p in comparison.points
+  )
+  return [column for column in found if known(column)]
+
+
+def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
+  """A number as written, with its standard error over seeds if it has one."""
+  value = column.value(comparison, point)
+  if not math.isfinite(value):
+    return "–"
+  text = column.write(value)
+  if column.key == "loss":
+    _, error = mean_and_error(_array(point.losses.values()))
+  elif column.key == "difference":
+    if point.name == comparison.reference:
+      return "0"
+    _, error = comparison.difference(point)
+  else:
+    return text
+  return f"{text} ± {error:.4f}" if math.isfinite(error) else text
+
+
+def as_rows(comparison: Comparison) -> list[list[str]]:
+  """Heading and a row a point, best first."""
+  shown = columns(comparison)
+  rows = [["point", *(column.heading for column in shown), "runs"]]
+  for point in comparison.ranked():
+    cells = [cell(comparison, column, point) for column in shown]
+    done = f"{len(point.losses)}/{len(point.runs)}"
+    rows.append([point.name, *cells, done])
+  return rows
+
+
+def as_text(comparison: Comparison) -> str:
+  """For a terminal or a log."""
+  rows = as_rows(comparison)
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = [
+    "  ".join(
+      text.ljust(width) if i == 0 else text.rjust(width)
+      for i, (text, width) in enumerate(zip(row, widths))
+    ).rstrip()
+    for row in rows
+  ]
+  return "\n".join([comparison.title, *lines])
+
+
+def as_markdown(comparison: Comparison) -> str:
+  """For a README."""
+  first, *rest = as_rows(comparison)
+  line = lambda cells: f"| {' | '.join(cells)} |"
+  rule = "|".join(["", "---", *["---:"] * (len(first) - 1), ""])
+  return "\n".join([line(first), rule, *map(line, rest)]) + "\n"
+
+
+def write_tables(comparison: Comparison, workdir: Path) -> None:
+  """Writes comparison.md and comparison.json."""
+  write_atomically(workdir / TABLE, as_markdown(comparison))
+  shown = columns(comparison)
+  numbers = {
+    "title": comparison.title,
+    "reference": comparison.reference,
+    "columns": {column.key: column.explanation for column in shown},
+    "common": comparison.common,
+    "points": {
+      point.name: {
+        "options": comparison.options[point.name],
+        "final_loss_by_seed": point.losses,
+        **{c.key: _plain(c.value(comparison, point)) for c in shown},
+      }
+      for point in comparison.points
+    },
+  }
+  text = json.dumps(numbers, indent=2, default=str) + "\n"
+  write_atomically(workdir / NUMBERS, text)
+
+
+def _plain(value: float) -> float | None:
+  return value if math.isfinite(value) else None
+
+
+def _loss_note(comparison: Comparison) -> str:
+  what = "validation loss at the end"
+  if not comparison.validated:
+    what = "training loss, mean of the last tenth"
+  return f"{what}, nats per token; mean and standard error over seeds"
+
+
+def _loss(comparison: Comparison, point: PointResult) -> float:
+  del comparison
+  return point.mean(lambda run: run.final_loss)
+
+
+def _difference(comparison: Comparison, point: PointResult) -> float:
+  return comparison.difference(point)[0]
+
+
+def _router(key: str, heading: str, note: str, write) -> Column:
+  return Column(
+    key, heading, f"{note}; mean over the last tenth of the steps",
+    lambda c, p: p.mean(lambda run: run.late(key)), write,
+  )  # fmt: skip
+
+
+def _array(values):
+  import numpy as np
+
+  return np.array(list(values))

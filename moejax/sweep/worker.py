@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that trains one run after the other, so that they share programs.
+
+A run that fails leaves the process to the next one; a process that dies (out of
+memory, say) takes only its run with it.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from moejax.errors import UserError
+from moejax.sweep.spec import PlannedRun
+from moejax.sweep.state import DONE, FAILED, WAITING, RunState
+
+LOG = "log.txt"
+
+
+class Worker:
+  """Handle of such a process, in the process that started it.
+
+  Attributes:
+    run: what it works on; None while it waits.
+    started: when it began with it, by `time.monotonic`.
+  """
+
+  def __init__(self, workdir: Path, share: int):
+    """Args:
+    workdir: the sweep's folder.
+    share: how many of them share an accelerator's memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    self._connection, theirs = context.Pipe()
+    self._process = context.Process(
+      target=_main, args=(theirs, workdir, share), name="moejax-sweep"
+    )
+    self._process.start()
+    theirs.close()
+    self.run: PlannedRun | None = None
+    self.started = 0.0
+
+  def start(self, run: PlannedRun) -> None:
+    self.run, self.started = run, time.monotonic()
+    self._connection.send(run)
+
+  @property
+  def waitable(self) -> Connection:
+    """Is ready when the run has ended, or the process has."""
+    return self._connection
+
+  def result(self) -> RunState:
+    """How the run ended; of a process that died, that it failed."""
+    seconds = time.monotonic() - self.started
+    try:
+      state = self._connection.recv()
+    except (EOFError, OSError):
+      self._process.join()
+      code = self._process.exitcode
+      # Who sends SIGTERM wants it to stop: no fault of the run.
+      asked = code == -signal.SIGTERM
+      state = RunState(WAITING if asked else FAILED, _death(code), seconds)
+    self.run = None
+    return state
+
+  @property
+  def alive(self) -> bool:
+    return self._process.is_alive()
+
+  def stop(self) -> None:
+    """Asks it to save and end."""
+    if self.alive:
+      self._process.terminate()
+
+  def close(self) -> None:
+    """Ends an idle process."""
+    self._connection.close()
+    self._process.join()
+
+
+def _death(code: int | None) -> str:
+  """What an exit code says, in a line."""
+  if code is None or code >= 0:
+    return f"the process ended with exit code {code}; see {LOG}"
+  name = signal.Signals(-code).name
+  hint = ", often for want of memory" if name == "SIGKILL" else ""
+  return f"the process was ended by {name}{hint}; see {LOG}"
+
+
+def _main(connection: Connection, workdir: Path, share: int) -> None:
+  """The process: trains what it is sent until nobody sends any more."""
+  # Ctrl-C is for the command, which then asks this process to save.
+  os.setpgid(0, 0)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  _prepare(workdir, share)
+  while True:
+    try:
+      run = connection.recv()
+    except (EOFError, OSError):
+      return
+    connection.send(_attempt(run, workdir / run.name))
+
+
+def _prepare(workdir: Path, share: int) -> None:
+  """Programs are kept on disk: runs of one shape compile once, restarts too."""
+  if share > 1:
+    os.environ.setdefault(
+      "XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / share:.3f}"
+    )
+  import jax
+
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _attempt(run: PlannedRun, folder: Path) -> RunState:
+  """Trains one run; what it prints goes to its own log."""
+  from moejax.train import train
+
+  folder.mkdir(parents=True, exist_ok=True)
+  start = time.monotonic()
+  state, message = DONE, ""
+  with open(folder / LOG, "ab", buffering=0) as log:
+    for stream in (sys.stdout, sys.stderr):
+      stream.flush()
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {run.name}", flush=True)
+    try:
+      if train(run.config, folder):
+        state = WAITING
+    except UserError as e:
+      state, message = FAILED, str(e)
+      print(message, flush=True)
+    except Exception as e:  # a router of one's own may raise anything
+      state, message = FAILED, f"{type(e).__name__}: {e}".splitlines()[0]
+      traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+      stream.flush()
+  return RunState(state, message, time.monotonic() - start)
+
+
+def _end_with_parent() -> None:
+  """A killed sweep leaves no run at work: it saves and ends."""
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os.kill(os.getpid(), signal.SIGTERM)

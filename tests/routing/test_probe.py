@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong routers are told before they train; right ones pass, all of them."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moejax import routing
+from moejax.config import ModelConfig, MoEConfig
+from moejax.errors import ConfigError
+from moejax.models import build, count, init_variables
+from moejax.routing import Routing, resolve
+from moejax.routing.naming import routers_of
+from moejax.routing.probe import probe
+from moejax.spec import Spec
+
+E = 8
+# Each built-in router once, with what it cannot do without.
+EXAMPLES = {
+  "attention_heads": "attention_heads(k=2)",
+  "expert_choice": "expert_choice(k=2, group_size=8)",
+  "forced_balance": "forced_balance(k=2)",
+  "group_limited": "group_limited(k=2, num_groups=4, topk_groups=2)",
+  "hash_tokens": "hash_tokens(k=2)",
+  "loss_free": "loss_free(k=2)",
+  "noisy_top_k": "noisy_top_k(k=2)",
+  "null_experts": "null_experts(k=2, num_null=3)",
+  "random_choice": "random_choice(k=2)",
+  "recycle": "recycle(group_size=8)",
+  "sinkhorn": "sinkhorn(k=2, group_size=8)",
+  "switch": "switch(k=2, group_size=8)",
+  "top_k": "top_k(k=2)",
+  "top_p": "top_p(p=0.5, k=2)",
+}
+
+
+def model_of(router):
+  return ModelConfig(
+    vocab_size=7, d_model=8, num_layers=1, num_heads=1, num_kv_heads=1,
+    head_dim=8, dtype="float32",
+    moe=MoEConfig(num_experts=E, d_expert=4, router=router),
+  )  # fmt: skip
+
+
+def test_there_is_an_example_of_each():
+  assert sorted(EXAMPLES) == routers_of(routing)
+
+
+@pytest.mark.parametrize("text", EXAMPLES.values(), ids=EXAMPLES)
+def test_each_router_in_a_model(text):
+  """It passes, initialises, and its parameters are those that are counted."""
+  config = model_of(text)
+  probe(resolve(config.moe.router_spec), E, text)
+  variables = init_variables(build(config), jax.random.key(0))
+  sizes = sum(x.size for x in jax.tree.leaves(variables))
+  assert sizes == count(config).num_params
+
+
+def beyond(logits_TE, mask_T, *, k=1, rng=None):
+  T = logits_TE.shape[0]
+  best_T1 = jnp.argmax(logits_TE, axis=-1)[:, None] + 3
+  return Routing.from_token_choice(best_T1, jnp.ones((T, 1)), logits_TE, mask_T)
+
+
+def below(logits_TE, mask_T, *, k=1, rng=None):
+  T = logits_TE.shape[0]
+  experts_T1 = jnp.full((T, 1), -1)
+  return Routing.from_token_choice(
+    experts_T1, jnp.ones((T, 1)), logits_TE, mask_T
+  )
+
+
+def only_in_training(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  if rng is None:
+    return good
+  return good.replace(weight_A=good.weight_A / 0.0)
+
+
+def pads_too(logits_TE, mask_T, *, k=1, rng=None):
+  return routing.top_k(logits_TE, jnp.ones_like(mask_T), k=1)
+
+
+def looks_ahead(logits_TE, mask_T, *, k=1, rng=None):
+  centred_TE = logits_TE - logits_TE.mean(0)
+  return routing.top_k(centred_TE, mask_T, k=1).replace(logits_TE=logits_TE)
+
+
+def other_tokens(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(token_A=good.token_A + 5, experts_per_token=0)
+
+
+def out_of_order(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(token_A=good.token_A[::-1])
+
+
+def other_logits(logits_TE, mask_T, *, k=1, rng=None):
+  return routing.top_k(logits_TE[:, :-1], mask_T, k=1)
+
+
+def float_experts(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(expert_A=good.expert_A.astype(jnp.float32))
+
+
+def two_of_one(logits_TE, mask_T, *, rng=None):
+  return routing.top_k(logits_TE, mask_T, k=2)
+
+
+@pytest.mark.parametrize(
+  "router, message",
+  [
+    (beyond, r"test_probe.py:\d+\): experts from 3 to \d+, but there are 8"),
+    (below, "experts from -1 to 8, but there are 8, from 0 to 7"),
+    (only_in_training, "weight_A has numbers that are not finite"),
+    (pads_too, "sends padding to experts; where mask_T is False"),
+    (looks_ahead, "depend on later tokens; mark it with"),
+    (other_tokens, "tokens from 5 to 20, but there are 16"),
+    (out_of_order, "assignment a must be of token a // 1"),
+    (other_logits, r"is \(16, 7\), not \(16, 8\) as it was given"),
+    (float_experts, "expert_A is float32, not integers"),
+    (two_of_one, "gives each token 2 experts, its name says k=1"),
+  ],
+)
+def test_what_a_router_got_wrong_is_named(router, message):
+  config = model_of(f"{__name__}.{router.__name__}")
+  with pytest.raises(ConfigError, match=message):
+    init_variables(build(config), jax.random.key(0))
+
+
+def test_groups_must_lie_within_rows():
+  """They would depend on how a batch is split, and no one would see it."""
+  from moejax.models import Rows
+
+  config = model_of("expert_choice(k=2, group_size=8)")
+  model = build(config)
+  variables = init_variables(model, jax.random.key(0))
+  rows = Rows(jnp.ones((4, 6), jnp.int32), jnp.arange(24).reshape(4, 6) % 6)
+  with pytest.raises(ConfigError, match="of 6 tokens are not groups of 8"):
+    model.apply(variables, jnp.zeros((4, 6), jnp.int32), rows)
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("loss_free(k=2, bias_E=1)", "given its bias_E by the model; leave it out"),
+    ("hash_tokens(token_T=1)", "given its token_T by the model"),
+    ("noisy_top_k(k=2, noise_TE=0)", "given its noise_TE by the model"),
+    ("top_k(k=2, renormalise=True)", "did you mean 'renormalize'. its options"),
+  ],
+)
+def test_options_that_are_no_options(text, message):
+  with pytest.raises(ConfigError, match=message):
+    resolve(Spec.parse(text))
+
+
+def test_a_width_must_be_a_number():
+  config = model_of("null_experts(k=2, num_null=0)")
+  with pytest.raises(ConfigError, match="num_null=0 must be a positive"):
+    count(config)
+
+
+def test_moa_layers_need_token_choice():
+  config = ModelConfig(
+    vocab_size=7, d_model=8, num_layers=1, num_heads=4, num_kv_heads=2,
+    head_dim=8, dtype="float32", qk_norm="none", pattern=("moa/moe",),
+    moe=MoEConfig(
+      num_experts=E, d_expert=4, router="expert_choice(k=2, group_size=8)"
+    ),
+  )  # fmt: skip
+  with pytest.raises(ConfigError, match="no fixed number of experts"):
+    init_variables(build(config), jax.random.key(0))

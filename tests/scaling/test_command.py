@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moejax scaling`, from points to pictures."""
+
+import json
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from moejax.__main__ import main
+from moejax.scaling import CHINCHILLA_REFITTED, SIX_ND, fit_points, optima
+from moejax.scaling.points import to_csv
+from tests.report.synthetic import Recipe, write_run
+from tests.scaling.synthetic import points_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+LAW = CHINCHILLA_REFITTED
+PICTURES = {"isoflop", "power_laws", "loss_surface", "residuals"}
+
+
+def write_table(folder, points):
+  path = folder / "points.csv"
+  path.write_text(to_csv(points))
+  return str(path)
+
+
+def fit(tmp_path, points, *args):
+  table = write_table(tmp_path, points)
+  out = tmp_path / "out"
+  command = ["scaling", "fit", table, f"--out={out}", "--resamples=20", *args]
+  return main(command), out
+
+
+def test_a_fit_end_to_end(tmp_path, capsys):
+  code, out = fit(tmp_path, points_of(LAW, noise=1e-3), "--budget=5e19,1e22")
+  assert code == 0
+  record = json.loads((out / "fit.json").read_text())
+  for near, budget in zip(record["budgets"], (5e19, 1e22)):
+    params, tokens = LAW.optimum(budget)
+    assert near["flops"] == budget
+    for found in near["optima"][:2]:
+      for name, true in (("params", params), ("tokens", tokens)):
+        value, low, high = (found[name][x] for x in ("value", "low", "high"))
+        assert value == pytest.approx(true, rel=0.03)
+        assert low < value < high < 1.5 * low
+    assert [row["method"] for row in near["optima"]] == [
+      "isoflop", "parametric", "hunyuan_large", "chinchilla",
+      "chinchilla_refitted",
+    ]  # fmt: skip
+  assert record["budgets"][0]["times_beyond_points"] == 1
+  assert record["budgets"][1]["times_beyond_points"] == pytest.approx(100)
+  assert record["problems"] == []
+  (note,) = record["notes"]
+  assert "parabolas would put N_opt" in note
+  assert {path.stem for path in out.glob("*.png")} == PICTURES
+  for path in out.glob("*.png"):
+    pixels = matplotlib.image.imread(path)
+    assert pixels.shape[0] > 600 and pixels.shape[1] > 1200
+    assert pixels[::4, ::4, 0].std() > 0.05
+  assert (out / "points.csv").read_text() == (
+    tmp_path / "points.csv"
+  ).read_text()
+  told = capsys.readouterr().out
+  assert "compute-optimal at 5e19 FLOPs (within the budgets tried)" in told
+  assert "(extrapolated: 100 times beyond the points)" in told
+  assert max(map(len, told.splitlines())) <= 92
+
+
+def test_the_same_points_give_the_same_bytes(tmp_path):
+  points = points_of(LAW, sizes=3, noise=1e-3)
+  _, out = fit(tmp_path, points)
+  first = (out / "fit.json").read_bytes()
+  (out / "fit.json").unlink()
+  fit(tmp_path, points)
+  assert (out / "fit.json").read_bytes() == first
+
+
+def test_a_valley_outside_is_told(tmp_path, capsys):
+  points = points_of(LAW).take(np.arange(4, 35))
+  code, out = fit(tmp_path, points)
+  assert code == 0
+  assert "valley below the smallest size tried" in capsys.readouterr().out
+  first = json.loads((out / "fit.json").read_text())["isoflop"]["valleys"][0]
+  assert first["params"] is None
+
+
+def test_without_budgets_the_parametric_law_remains(tmp_path, capsys):
+  """And the other way round: three sizes at two budgets have valleys only."""
+  points = points_of(LAW, np.geomspace(1e18, 1e20, 12), sizes=1)
+  params = points.params * np.tile([0.5, 1, 2], 4)
+  wider = type(points)(
+    points.names, params, points.tokens, SIX_ND.flops(params, points.tokens),
+    LAW(params, points.tokens),
+  )  # fmt: skip
+  code, out = fit(tmp_path, wider)
+  assert code == 0
+  told = capsys.readouterr().out
+  assert "note: not fitted: IsoFLOP fit: 0 of" in told
+  assert {p.stem for p in out.glob("*.png")} == {"loss_surface", "residuals"}
+
+  few = points_of(LAW, (1e18, 1e19), sizes=3)
+  code, out = fit(tmp_path, few, "--budget=1e19")
+  assert code == 0
+  told = capsys.readouterr().out
+  assert "note: not fitted: parametric fit: 6 points" in told
+  assert "two valleys give a line" in told
+  assert "no interval of the valleys" in told
+
+
+def test_too_few_points_are_one_line(tmp_path, capsys):
+  code, out = fit(tmp_path, points_of(LAW, (1e18,), sizes=3))
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert code == 2
+  assert "1 of 1 budgets" in error and "3 points of 3 sizes" in error
+  assert not out.exists()
+
+
+@pytest.mark.parametrize("budget", ["1e19,x", "-1", "inf", ","])
+def test_a_budget_that_is_none(tmp_path, budget, capsys):
+  with pytest.raises(SystemExit):
+    fit(tmp_path, points_of(LAW), f"--budget={budget}")
+  assert "--budget" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+  (tmp_path / "out").write_text("a file")
+  code, _ = fit(tmp_path, points_of(LAW))
+  assert code == 2
+  assert "cannot write to" in capsys.readouterr().err
+
+
+def test_folders_of_runs(tmp_path, capsys):
+  """Of one size and length there is nothing to fit, but they are read."""
+  runs = []
+  for name in "abc":
+    runs.append(str(write_run(tmp_path / name, Recipe())))
+  assert main(["scaling", "fit", *runs, f"--out={tmp_path / 'out'}"]) == 2
+  assert "3 points of 1 sizes" in capsys.readouterr().err
+
+
+def test_points_are_planned_and_written(tmp_path, capsys):
+  path = tmp_path / "sweep.json"
+  command = [
+    "scaling", "points", f"--config={CONFIGS / 'tiny.py'}",
+    "--budgets=1e13,3e13", "--sizes=2e5,4e5,8e5", f"--write={path}",
+    "--config.train.batch_size=4",
+  ]  # fmt: skip
+  assert main(command) == 0
+  sweep = json.loads(path.read_text())
+  assert len(sweep) == 6
+  told = capsys.readouterr().out
+  for name, options in sweep.items():
+    assert {"model.d_model", "train.num_steps"} <= set(options)
+    row = next(x for x in told.splitlines() if x.startswith(name))
+    assert str(options["train.num_steps"]) in row.split()
+  assert "6 runs, 1.2e+14 FLOPs together" in told
+
+
+def test_a_size_that_is_no_likeness_is_told(capsys):
+  """Tables take nearly all of it: three layers of width 8."""
+  command = ["scaling", "points", f"--config={CONFIGS / 'tiny.py'}"]
+  assert main([*command, "--budgets=1e12,2e12", "--sizes=1.1e4,4e5"]) == 0
+  notes = [x for x in capsys.readouterr().out.splitlines() if "note" in x]
+  assert len(notes) == 1
+  assert notes[0].startswith("note: c1e12-n9.78e3 and all of its size have")
+
+
+def test_flops_by_three_counts(capsys):
+  """Hunyuan-Large: 51.3B active parameters, by 6 N and by its own formula."""
+  assert (
+    main(["scaling", "flops", f"--config={CONFIGS / 'hunyuan_large.py'}"]) == 0
+  )
+  rows = capsys.readouterr().out.splitlines()
+  numbers = {row[:22].strip(): row[22:].split() for row in rows[2:]}
+  active = 51_318_800_640
+  assert float(numbers["6 N D"][0]) == pytest.approx(6 * active, rel=1e-3)
+  assert float(numbers["9.59 N D + 2.3e8 D"][0]) == pytest.approx(
+    9.59 * active + 2.3e8, rel=1e-3
+  )
+  assert float(numbers["the config's own"][2]) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["fit"], ["points"], ["flops"]])
+def test_help(words, capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(["scaling", *words, "--help"])
+  assert caught.value.code == 0
+  assert "usage: moejax scaling" in capsys.readouterr().out
+
+
+def test_from_a_notebook():
+  fit = fit_points(points_of(LAW), resamples=20)
+  isoflop, parametric, *_ = optima(fit, 1e20)
+  assert isoflop.params.value == pytest.approx(LAW.optimum(1e20)[0], rel=0.03)
+  assert parametric.params.value == pytest.approx(
+    LAW.optimum(1e20)[0], rel=1e-5
+  )
+  assert parametric.loss.value == pytest.approx(
+    LAW(*LAW.optimum(1e20)), rel=1e-6
+  )
