@@ -9,9 +9,9 @@ import importlib
 import types
 
 _MODULES = (
-  "checkpoint", "config", "convert", "data", "describe", "dispatch", "evaluate",
-  "experts", "generate", "losses", "metrics", "models", "ops", "optimizer",
-  "report", "routing", "runs", "sampling", "step", "train",
+  "analysis", "checkpoint", "config", "convert", "data", "describe", "dispatch",
+  "evaluate", "experts", "generate", "losses", "metrics", "models", "ops",
+  "optimizer", "report", "routing", "runs", "sampling", "step", "train",
 )  # fmt: skip
 
 

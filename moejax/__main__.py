@@ -23,6 +23,10 @@ COMMANDS = {
   ),
   "sweep": ("moejax.sweep.command", "run many configs, compare them on a page"),
   "report": ("moejax.report", "draw a run's curves and expert loads as a page"),
+  "analyze": (
+    "moejax.analysis",
+    "what a checkpoint's routers do on texts, as a page",
+  ),
   "scaling": (
     "moejax.scaling.command",
     "plan runs for a scaling law, fit it, size a model",

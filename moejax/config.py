@@ -388,7 +388,7 @@ class DataConfig:
   sources: tuple[str, ...] = option(
     ("python-stdlib",),
     "python-stdlib, a TFDS name as tfds:NAME, or a file, folder or glob of "
-    ".txt .md .py .jsonl .jsonl.gz .parquet",
+    ".txt .txt.gz .md .py .jsonl .jsonl.gz .parquet",
   )
   weights: tuple[float, ...] = option(
     (), "share of each source in the rows; empty: in proportion to their size"

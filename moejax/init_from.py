@@ -43,16 +43,21 @@ def weights_of(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
       raise ConfigError(
         f"{_where(config)}: {name} is {found[name]}, not {wanted[name]}"
       )
-  changed = differences(
-    source.config.to_dict()["model"], config.to_dict()["model"], "model."
-  )
-  changed = [line for line in changed if not line.startswith(_FREE)]
+  changed = changed_meaning(source.config, config)
   if source.tokenizer.digest != tokenizer.digest:
     changed.append("the tokenizer")
   print(f"weights of {config.train.init_from}, step {source.step}")
   if changed:
     print(f"note: changed since: {'; '.join(changed)}")
   return variables
+
+
+def changed_meaning(theirs: Config, ours: Config) -> list[str]:
+  """`option: theirs -> ours` where it changes what weights mean."""
+  changed = differences(
+    theirs.to_dict()["model"], ours.to_dict()["model"], "model."
+  )
+  return [line for line in changed if not line.startswith(_FREE)]
 
 
 def _laid_out(variables: Variables, theirs: Config, ours: Config) -> Variables:

@@ -15,8 +15,8 @@ from moejax.data.tokenizer import train_tokenizer
 from moejax.progress import format_seconds, progress_bar
 
 _SOURCES_HELP = (
-  "python-stdlib, tfds:NAME, or files, folders, globs of .txt .md .py .jsonl "
-  ".jsonl.gz .parquet"
+  "python-stdlib, tfds:NAME, or files, folders, globs of .txt .txt.gz .md "
+  ".py .jsonl .jsonl.gz .parquet"
 )
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from moejax.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (*TEXT_SUFFIXES, ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 # A text file above this size is a dump of many documents rather than one: it is
 # cut, at blank lines where there are any, so that some of it can be validation.
 DUMP_BYTES = 256 << 10
@@ -50,7 +50,7 @@ def count_units(path: pathlib.Path) -> tuple[int, float]:
     size = path.stat().st_size
   except OSError as e:
     raise DataError(f"cannot read {path}: {e.strerror}") from None
-  if path.name.endswith(".jsonl.gz"):
+  if path.name.endswith(".gz"):
     return 1, size * _GZIP_RATIO
   if path.name.endswith(".parquet"):
     with _open_parquet(path) as file:
@@ -79,6 +79,9 @@ def read_units(
     elif path.name.endswith(".jsonl.gz"):
       with gzip.open(path, "rb") as f:
         yield from _json_lines(f, path, text_key, None)
+    elif path.name.endswith(".txt.gz"):
+      with gzip.open(path, "rb") as f:
+        yield from _stream_text(f)
     elif path.name.endswith(".jsonl"):
       yield from _read_jsonl(path, start, stop, text_key)
     else:
@@ -143,15 +146,37 @@ def _dump_cut(f: BinaryIO, unit: int, size: int) -> int:
   if unit == 0 or offset >= size:
     return min(offset, size)
   f.seek(offset)
-  data = f.read(DUMP_UNIT)
+  return offset + _cut_within(f.read(DUMP_UNIT))
+
+
+def _cut_within(data: bytes) -> int:
+  """Where in the bytes of a unit its document begins."""
   for mark in (b"\n\n", b"\n\r\n", b"\n"):
     at = data.find(mark)
     if at >= 0:
-      return offset + at + len(mark)
+      return at + len(mark)
   begin = 0
   while begin < min(4, len(data)) and data[begin] & 0xC0 == 0x80:
     begin += 1
-  return offset + begin
+  return begin
+
+
+def _stream_text(f: gzip.GzipFile) -> Iterator[Document]:
+  """What `_read_text` yields of the same text in a plain file.
+
+  In one pass: going back in a compressed file reads it anew from its start.
+  """
+  head = f.read(DUMP_BYTES + 1)
+  if len(head) <= DUMP_BYTES:
+    yield _decode(head.removeprefix(_BOM))
+    return
+  f.seek(0)
+  pending = f.read(DUMP_UNIT).removeprefix(_BOM)
+  while unit := f.read(DUMP_UNIT):
+    cut = _cut_within(unit)
+    yield _decode(pending + unit[:cut])
+    pending = unit[cut:]
+  yield _decode(pending)
 
 
 def _read_jsonl(

@@ -19,10 +19,12 @@ from moejax.models.transformer import (
   stack_repeats,
   unstack_repeats,
 )
+from moejax.models.watching import Watched, watched_routers
 
 __all__ = [
   "Counts", "KVCache", "ModelOutput", "Rows", "Transformer", "Variables",
-  "build", "count",
+  "Watched", "build", "count",
   "count_parts", "dtype_bytes", "init_variables", "kv_bytes_per_token",
   "stack_repeats", "train_flops_per_token", "unstack_repeats",
+  "watched_routers",
 ]  # fmt: skip

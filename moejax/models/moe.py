@@ -17,6 +17,7 @@ from moejax.models.backends import Backends
 from moejax.models.layers import Mlp, weight
 from moejax.models.placement import STREAM, TOKENS, Axes, Partial
 from moejax.models.rows import Rows
+from moejax.models.watching import choices_if_watched, record
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.routing import (
   RouterStats,
@@ -63,17 +64,19 @@ class MoE(nn.Module):
       y_TD = backends.dispatch(
         expert_fn, weights, x_BTD.reshape(B * T, D), routing
       )
-      return y_TD.reshape(B, T, D), stats
+      choices = choices_if_watched(self, routing, tokens.mask_BT)
+      return y_TD.reshape(B, T, D), stats, choices
 
     # Each device has a part of each expert's hidden channels.
-    out_axes = Partial(STREAM, over=("mlp",)), STATS
+    out_axes = Partial(STREAM, over=("mlp",)), STATS, TOKENS
     weights_axes = GatedMlpWeights(EXPERT_IN, EXPERT_IN, EXPERT_OUT)
-    y_BTD, stats = backends.placement.local(
+    y_BTD, stats, choices = backends.placement.local(
       local, (STREAM, TOKENS, ROUTER, weights_axes), out_axes
     )(
       x_BTD, RoutedTokens.of(cfg, rows, layer), router_weights(self, cfg),
       jax.tree.map(lambda w: w.astype(x_BTD.dtype), self._weights()),
     )  # fmt: skip
+    record(self, x_BTD, choices)
     y_BTD = add_bias(self, cfg, y_BTD)
     shared = cfg.moe.num_shared_experts
     if shared:

@@ -25,6 +25,7 @@ from moejax.models.moe import (
 from moejax.models.placement import STREAM, TOKENS, Axes, Partial
 from moejax.models.rope import rope
 from moejax.models.rows import Context, LayerCache
+from moejax.models.watching import choices_if_watched, record
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.routing import RouterStats, Routing
 
@@ -103,11 +104,14 @@ class MoEAttention(nn.Module):
       )  # fmt: skip
       choice = routing.expert_A, routing.weight_A
       choice = jax.tree.map(lambda x: x.reshape(B, T, X), choice)
-      return q_AF.reshape(B, T, X, K, H), stats, choice
+      choices = choices_if_watched(self, routing, tokens.mask_BT)
+      return q_AF.reshape(B, T, X, K, H), stats, choice, choices
 
-    return backends.placement.local(
-      local, (STREAM, TOKENS, ROUTER, W_Q), (CHOSEN, STATS, STREAM)
+    *results, choices = backends.placement.local(
+      local, (STREAM, TOKENS, ROUTER, W_Q), (CHOSEN, STATS, STREAM, TOKENS)
     )(x_BTD, tokens, router_weights(self, cfg), w_q_EDKH)
+    record(self, x_BTD, choices)
+    return results
 
   def _output(self, y_BTXKH: Array, choice, w_o_EKHD: Array) -> Array:
     """The weighted sum of the chosen experts' output projections."""

@@ -21,13 +21,13 @@ def as_router_state(config: ModelConfig, values_LE: Array) -> dict[str, Any]:
   tree: dict[str, Any] = {}
   first = 0
   for i, layer in enumerate(config.prefix_layers):
-    for kind in _routers(layer):
+    for kind in routers_of(layer):
       _put(tree, (f"prefix_{i}", kind), values_LE[first])
       first += 1
   kinds = [
     (f"block_{j}", kind)
     for j, layer in enumerate(config.pattern_layers)
-    for kind in _routers(layer)
+    for kind in routers_of(layer)
   ]
   R = config.num_repeats
   stacked = values_LE[first:].reshape(R, len(kinds), values_LE.shape[-1])
@@ -40,7 +40,7 @@ def as_router_state(config: ModelConfig, values_LE: Array) -> dict[str, Any]:
   return tree
 
 
-def _routers(layer: LayerConfig) -> list[str]:
+def routers_of(layer: LayerConfig) -> list[str]:
   """Modules of a layer that have a router, in the order of its stats."""
   mixer = ["attention"] if layer.mixer == "moa" else []
   return mixer + (["moe"] if layer.ffn == "moe" else [])

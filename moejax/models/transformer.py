@@ -18,6 +18,7 @@ from moejax.models.layers import Norm, weight
 from moejax.models.placement import STREAM, TABLE, TOKENS, OneDevice
 from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
+from moejax.models.watching import COLLECTION
 from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
 from moejax.ops.residuals import ATTENTION, EXCHANGED, PRODUCTS
@@ -254,7 +255,7 @@ def _scanned(config: ModelConfig) -> type[nn.Module]:
   """`Repeat` under remat and scan; parameters are stacked over repeats."""
   return nn.scan(
     _checkpointed(Repeat, config, in_scan=True),
-    variable_axes={"params": 0, "router_state": 0},
+    variable_axes={"params": 0, "router_state": 0, COLLECTION: 0},
     split_rngs={"params": True},
     in_axes=(0, 0, nn.broadcast),
     out_axes=0,

@@ -171,8 +171,8 @@ def _details(run: RunData) -> str:
     f'<td class="doc">{escape(doc)}</td></tr>'
     for path, value, doc, is_changed in options
   )
-  config = _table("Config", f"{len(options)} options, {changed} not at their "
-                  "default (in colour)", rows)  # fmt: skip
+  note = f"{len(options)} options, {changed} not at their default (in colour)"
+  config = folded_table("Config", note, rows)
   commit = run.record["git_commit"] or "not in a git checkout"
   versions = {**run.record["versions"], "git commit": commit}
   rows = "".join(
@@ -180,7 +180,7 @@ def _details(run: RunData) -> str:
     "</td></tr>"
     for name, version in versions.items()
   )
-  packages = _table("Versions", "", rows)
+  packages = folded_table("Versions", "", rows)
   return f"<h2>Details</h2>{_evaluations(run)}{config}{packages}"
 
 
@@ -202,10 +202,11 @@ def _evaluations(run: RunData) -> str:
     )
     rows += f'<tr><td class="number">{table.steps[i]:,}</td>{cells}</tr>'
   count = f"{len(table)}" if len(table) != 1 else "one"
-  return _table("Evaluations", f"{count}, newest first", rows)
+  return folded_table("Evaluations", f"{count}, newest first", rows)
 
 
-def _table(title: str, note: str, rows: str) -> str:
+def folded_table(title: str, note: str, rows: str) -> str:
+  """Rows of HTML that open on a click."""
   small = f"<small>{escape(note)}</small>" if note else ""
   return (
     f"<details><summary>{escape(title)}{small}</summary>"

@@ -23,12 +23,18 @@ BESIDE_LOSS = (
 
 def save_png(chart: Chart, path: Path) -> None:
   """Writes one chart with its title and note above it."""
+  with plot_style():
+    _save(figure_of(chart), path)
+
+
+def figure_of(chart: Chart) -> Any:
+  """A matplotlib figure of the chart with its title and note above it."""
   width, height = chart.size
   total = height + _header_height(chart, width) + MARGIN
   with plot_style():
     figure = new_figure(width + 2 * MARGIN, total)
     _draw_card(figure, chart)
-    _save(figure, path)
+  return figure
 
 
 def save_overview(run: RunData, charts: list[Chart], path: Path) -> None:

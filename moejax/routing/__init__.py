@@ -11,6 +11,7 @@ from moejax.routing.base import (
   is_causal,
   non_causal,
 )
+from moejax.routing.choices import Choices
 from moejax.routing.expert_choice import expert_choice
 from moejax.routing.forced_balance import forced_balance
 from moejax.routing.group_limited import group_limited
@@ -29,7 +30,7 @@ from moejax.routing.top_k import top_k
 from moejax.routing.top_p import top_p
 
 __all__ = [
-  "RouterStats", "Routing", "attention_heads", "check_routing",
+  "Choices", "RouterStats", "Routing", "attention_heads", "check_routing",
   "expert_choice", "forced_balance", "group_limited", "hash_tokens", "home_of",
   "is_causal", "loss_free", "noisy_top_k", "non_causal", "null_experts",
   "projects", "random_choice", "recycle", "resolve", "sinkhorn", "switch",

@@ -48,12 +48,7 @@ class RouterStats:
     """Sums of one layer's routing of the flattened tokens of `mask_BT`."""
     B, T = mask_BT.shape
     E = routing.num_experts
-    if routing.prob_TE is None:
-      log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
-      prob_TE = jnp.exp(log_prob_TE)
-    else:
-      prob_TE = routing.prob_TE
-      log_prob_TE = jnp.log(jnp.maximum(prob_TE, jnp.finfo(jnp.float32).tiny))
+    prob_TE, entropy_T = shares_and_entropy(routing)
     lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
 
     def per_row(x):
@@ -82,8 +77,19 @@ class RouterStats:
       wanted_BE=wanted_BE,
       prob_BE=per_row(prob_TE),
       z_B=per_row(lse_T**2)[:, 0],
-      entropy_B=per_row(-(prob_TE * log_prob_TE).sum(-1))[:, 0],
+      entropy_B=per_row(entropy_T)[:, 0],
       dropped_B=jnp.zeros(B).at[row_A].add(dropped_A.astype(jnp.float32)),
       unrouted_B=per_row(jnp.where(seen_T, 0.0, 1.0))[:, 0],
       tokens_B=mask_BT.sum(1).astype(jnp.float32),
     )
+
+
+def shares_and_entropy(routing: Routing) -> tuple[Array, Array]:
+  """Shares [T, E] that the balancing loss works on, and entropies in nats."""
+  if routing.prob_TE is None:
+    log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
+    prob_TE = jnp.exp(log_prob_TE)
+  else:
+    prob_TE = routing.prob_TE
+    log_prob_TE = jnp.log(jnp.maximum(prob_TE, jnp.finfo(jnp.float32).tiny))
+  return prob_TE, -(prob_TE * log_prob_TE).sum(-1)

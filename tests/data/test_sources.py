@@ -62,6 +62,22 @@ def test_json_lines(tmp_path, suffix):
   assert read_texts(path) == TEXTS
 
 
+@pytest.mark.parametrize("mark", ["\n\n", "\n", ""])
+@pytest.mark.parametrize("size", [100, 20_000, 20_481])
+def test_compressed_text_is_cut_as_plain_text_is(
+  tmp_path, monkeypatch, size, mark
+):
+  monkeypatch.setattr(formats, "DUMP_BYTES", 4096)
+  monkeypatch.setattr(formats, "DUMP_UNIT", 1024)
+  words = np.random.default_rng(0).integers(0, 99, size)
+  text = "\ufeff" + "".join(f"ä{w}{mark if w == 7 else ''}" for w in words)
+  (tmp_path / "a.txt").write_text(text)
+  (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+  plain = read_texts(tmp_path / "a.txt")
+  assert (len(plain) > 9) == (size > 100)
+  assert read_texts(tmp_path / "b.txt.gz") == plain
+
+
 def test_json_lines_are_read_once_however_they_are_divided(
   tmp_path, monkeypatch
 ):

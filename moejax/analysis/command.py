@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`moejax analyze`: what the routers of checkpoints do on texts, as a page."""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax import runs
+from moejax.analysis import measures, page, results, text
+from moejax.analysis.checkpoints import Checkpoint, find
+from moejax.analysis.page import Analysis
+from moejax.analysis.similarities import similarity
+from moejax.analysis.surveys import Plan, Survey, survey_all
+from moejax.analysis.vocabulary import token_table
+from moejax.errors import ConfigError, UserError
+from moejax.progress import format_count
+
+
+def main(argv: list[str]) -> int:
+  """`moejax analyze CHECKPOINT... --data=NAME=FILE...`."""
+  args = _parse(argv)
+  plan = Plan(
+    text.parse_domains(args.data), args.tokens, args.batch_size, args.sample
+  )
+  if args.min_count < 1:
+    raise ConfigError(f"--min-count={args.min_count} must be positive")
+  checkpoints = find(args.checkpoint)
+  folder = args.output or os.path.join(checkpoints[-1].folder, "analysis")
+  print(analyze(checkpoints, plan, folder, args.min_count))
+  return 0
+
+
+def analyze(
+  checkpoints: Sequence[Checkpoint],
+  plan: Plan,
+  folder: str | os.PathLike,
+  min_count: int = 10,
+) -> pathlib.Path:
+  """Measures, and writes page, pictures and tables.
+
+  Args:
+    checkpoints: as `find` returns them; the last one is looked at closely.
+    plan: the text.
+    folder: where to write to.
+    min_count: occurrences that a token id needs.
+
+  Returns:
+    Path of index.html.
+
+  Raises:
+    DataError: text is missing, unreadable or less than a window.
+    UserError: the folder cannot be written.
+  """
+  last, folder = checkpoints[-1], pathlib.Path(folder)
+  config = runs.read_config(last.folder)
+  tokenizer = runs.read_tokenizer(last.folder)
+  text.require_text(plan.domains, tokenizer, config.data)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    surveys = survey_all(checkpoints, plan, folder)
+    found, left_out = measure(surveys, min_count)
+    if surveys[-1].num_experts > 1:
+      found["similarity"] = similarity(last.load(), plan)
+    for line in left_out:
+      print(f"note: {line}")
+    tokens = None
+    if "vocabulary" in found:
+      tokens = token_table(surveys[-1], tokenizer, min_count)
+    facts = _facts(checkpoints, surveys)
+    name = last.folder.resolve().name
+    return _write(Analysis(name, facts, found, tokens, left_out), folder)
+  except OSError as e:
+    raise UserError(
+      f"cannot write to {folder}: {e.strerror or e}; name another --output"
+    ) from e
+
+
+def measure(
+  surveys: Sequence[Survey], min_count: int
+) -> tuple[dict[str, Any], list[str]]:
+  """All measures that surveys allow, by name, and why others are missing."""
+  found: dict[str, Any] = {}
+  left_out = []
+  last = surveys[-1]
+  if len(surveys) > 1:
+    found["saturation"] = measures.saturation(surveys)
+  else:
+    left_out.append(
+      "saturation needs several checkpoints of a run: name them, or RUN:all"
+    )
+  together_LEE, chosen_LE = last.total.together_LEE, last.total.chosen_LE
+  if together_LEE.sum() > chosen_LE.sum():
+    found["co_activation"] = measures.co_activation(last)
+  else:
+    left_out.append("co-activation: each token has one expert")
+  found["domains"] = measures.domain_specialisation(last)
+  try:
+    found["vocabulary"] = measures.vocabulary_specialisation(last, min_count)
+  except ConfigError as e:
+    left_out.append(f"vocabulary: {e}")
+  found["load"] = measures.load(surveys)
+  found["entropy"] = measures.entropy(surveys)
+  return found, left_out
+
+
+def _write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
+  routers = found.results["load"].routers
+  record = {
+    "name": found.name, "facts": found.facts, "routers": routers,
+    "left_out": found.left_out,
+  }  # fmt: skip
+  tables = {
+    name: results.columns(result) for name, result in found.results.items()
+  }
+  if found.tokens is not None:
+    tables["tokens"] = found.tokens
+  record |= {
+    name: results.summary(result) for name, result in found.results.items()
+  }
+  results.write_json(folder / "summary.json", record)
+  paths = [
+    results.write_table(folder, name, table) for name, table in tables.items()
+  ]
+  if paths[0].suffix == ".csv":
+    print("note: tables are CSV files; Parquet: pip install 'moejax[parquet]'")
+  return page.write(found, folder)
+
+
+def _facts(
+  checkpoints: Sequence[Checkpoint], surveys: Sequence[Survey]
+) -> list[str]:
+  last = surveys[-1]
+  total = last.total
+  k = np.mean(total.chosen_LE.sum(1) / total.tokens)
+  steps = f"step {last.step:,}"
+  if len(surveys) > 1:
+    steps += f", compared with {', '.join(map(str, checkpoints[:-1]))}"
+  domains = ", ".join(
+    f"{name} {format_count(tally.tokens)}"
+    for name, tally in last.domains.items()
+  )
+  return [
+    steps,
+    f"{len(last.routers)} routers, {last.num_experts} experts, {k:.3g} a token",
+    f"{format_count(total.tokens)} tokens: {domains}",
+  ]
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    "moejax analyze",
+    description="What a model's routers do: saturation, co-activation, domain "
+    "and vocabulary specialisation, load, entropy, similarity of experts, with "
+    "OLMoE's definitions. Writes a page that opens offline, its pictures, a "
+    "JSON summary and a table a measure.",
+  )
+  add = parser.add_argument
+  add(
+    "checkpoint", nargs="+", metavar="CHECKPOINT",
+    help="RUN (its newest step), RUN:step, RUN/step or RUN:all; several are "
+    "compared with the last one",
+  )  # fmt: skip
+  add(
+    "--data", action="append", default=[], metavar="NAME=FILE",
+    help="a kind of text and its file, folder or glob; repeat for each kind",
+  )  # fmt: skip
+  add(
+    "--tokens", type=int, default=Plan.tokens, metavar="N",
+    help="at most so many, as many of each kind (default: %(default)s)",
+  )  # fmt: skip
+  add("--output", metavar="DIR", help="where to write (default: RUN/analysis)")
+  add(
+    "--min-count", type=int, default=10, metavar="N",
+    help="occurrences that a token id needs (default: %(default)s)",
+  )  # fmt: skip
+  add(
+    "--sample", type=int, default=Plan.sample, metavar="N",
+    help="tokens that all experts compute, to compare them (default: "
+    "%(default)s)",
+  )  # fmt: skip
+  add(
+    "--batch-size", type=int, default=0, metavar="ROWS",
+    help="rows at a time (default: what makes 4,096 tokens)",
+  )  # fmt: skip
+  return parser.parse_args(argv)

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures with a place for each expert: heat maps and bars.
+
+`M` counts checkpoints, `U` domains.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moejax.analysis.measures import CoActivation, DomainSpecialisation, Load
+from moejax.analysis.similarities import Similarity, pairs
+from moejax.report.charts import (
+  FULL,
+  Chart,
+  percent,
+)
+from moejax.report.style import LIGHT, load_colour_map
+
+# Heat maps of experts show this many at most, those of the highest values.
+MAX_EXPERTS = 32
+
+
+def shown_routers(count: int, one: int | None = None) -> np.ndarray:
+  """The first, the middle (or `one` that must be there) and the last one."""
+  middle = (count - 1) // 2 if one in (None, 0, count - 1) else one
+  return np.unique([0, middle, count - 1])
+
+
+def co_activation_chart(result: CoActivation) -> Chart:
+  """Heat maps of the experts with the highest scores."""
+  chance = float(np.nanmean(result.chance_L))
+  router = int(np.nanmax(result.share_LEE, axis=(1, 2)).argmax())
+  shown = shown_routers(len(result.routers), router)
+  panels = [_strongest(result.share_LEE[i]) for i in shown]
+  high = max(
+    [2 * chance, *(np.nanmax(share, initial=0) for _, share in panels)]
+  )
+
+  def draw(figure: Any, narrow: bool) -> None:
+    names = [result.routers[i] for i in shown]
+    axes, image = _expert_maps(figure, narrow, names, panels, (0, chance, high))
+    bar = _bar(figure, image, axes, narrow)
+    bar.set_ticks(
+      [0, chance, high],
+      labels=["0\u00a0%", f"chance {100 * chance:.3g}\u00a0%", percent(high)],
+    )
+    for ax in axes:
+      ax.set_xlabel("expert j", labelpad=2)
+    axes[0].set_ylabel("expert i", labelpad=2)
+
+  share_EE = result.share_LEE[router]
+  i, j = np.unravel_index(np.nanargmax(share_EE), share_EE.shape)
+  title = (
+    f"The closest pair is in {result.routers[router]}: expert {j} has "
+    f"{percent(share_EE[i, j])} of expert {i}'s tokens too"
+  )
+  note = (
+    "Co-activation: of the tokens that expert i (row) gets, the share that "
+    "expert j (column) gets as well. Experts chosen independently of one "
+    "another are at (k - 1)/(E - 1), the middle of the scale: blue pairs avoid "
+    "each other, orange ones work together."
+  )
+  if result.share_LEE.shape[-1] > MAX_EXPERTS:
+    note += f" The {MAX_EXPERTS} experts with the strongest pairs."
+  return Chart("co_activation", title, note, draw, (FULL, 430), (348, 980))
+
+
+def domain_chart(result: DomainSpecialisation) -> Chart:
+  """Bars of experts: a row a domain, a column a layer."""
+  u, i, e = np.unravel_index(result.share_ULE.argmax(), result.share_ULE.shape)
+  shown = shown_routers(len(result.routers), int(i))
+  U, E = len(result.domains), result.share_ULE.shape[-1]
+  top = float(result.share_ULE[:, shown].max())
+
+  def draw(figure: Any, narrow: bool) -> None:
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    shape = (U * len(shown), 1) if narrow else (U, len(shown))
+    axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
+    places = [(row, layer) for row in range(U) for layer in shown]
+    for ax, (row, layer) in zip(axes.flat, places):
+      share_E, chance = result.share_ULE[row, layer], result.chance_L[layer]
+      colours = [LIGHT["orange" if x > chance else "blue"] for x in share_E]
+      ax.bar(np.arange(E), share_E, color=colours, width=0.85)
+      ax.axhline(chance, color=LIGHT["ink"], linewidth=1.0,
+                 linestyle=(0, (4, 3)))  # fmt: skip
+      name = f"{result.domains[row]}, {result.routers[layer]}"
+      ax.set_title(name, loc="left", pad=3, color=LIGHT["soft"], fontsize=10.5)
+      ax.set_ylim(0, 1.05 * top)
+      ax.yaxis.set_major_locator(MaxNLocator(3))
+      ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+      ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+      ax.set_xlim(-0.6, E - 0.4)
+    for ax in axes[-1]:
+      ax.set_xlabel("expert", labelpad=2)
+
+  title = (
+    f"Expert {e} of {result.routers[i]} gets "
+    f"{percent(result.share_ULE[u, i, e])} of the tokens of "
+    f"{result.domains[u]}; uniform is {100 * result.chance_L[i]:.3g}\u00a0%"
+  )
+  note = (
+    "Domain specialisation: of each domain's tokens, the share that has the "
+    "expert among its k. A router that takes no notice of the domain has the "
+    "same bars in each row; an even one has all at k/E, the dashed line."
+  )
+  return Chart(
+    "domains", title, note, draw, (FULL, 60 + 105 * U),
+    (348, 60 + 92 * U * len(shown)),
+  )  # fmt: skip
+
+
+def load_chart(result: Load) -> Chart:
+  """All experts of all layers at the last checkpoint."""
+  load_LE = result.load_MLE[-1]
+  L, E = load_LE.shape
+
+  def draw(figure: Any, narrow: bool) -> None:
+    from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    ax = figure.subplots()
+    image = ax.imshow(
+      np.log2(np.maximum(load_LE, 2.0**-20)), aspect="auto",
+      cmap=load_colour_map(), norm=Normalize(-3, 3), interpolation="none",
+    )  # fmt: skip
+    _bare(ax)
+    ax.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    ax.set_xlabel("expert", labelpad=2)
+    step = -(-L // (18 if L > 18 else L))
+    ax.set_yticks(np.arange(0, L, step), result.routers[::step])
+    bar = _bar(figure, image, [ax], narrow)
+    bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2×", "4×",
+                                        "8×"])  # fmt: skip
+    bar.set_label("load ÷ fair share")
+
+  router, e = np.unravel_index(load_LE.argmax(), load_LE.shape)
+  starved = int((load_LE < 0.1).sum())
+  title = (
+    f"Expert {e} of {result.routers[router]} carries "
+    f"{load_LE[router, e]:.2f}× its fair share; {starved} of {L * E} less than "
+    "a tenth"
+  )
+  note = (
+    f"Load: each expert's share of its layer's assignments over 1/E, at step "
+    f"{result.steps_M[-1]:,}. Even routing is light everywhere (1); orange "
+    "experts are busier, blue ones idler."
+  )
+  height = 110 + max(60, min(18, max(10, 400 // L)) * L)
+  return Chart("load", title, note, draw, (FULL, height), (348, height))
+
+
+def similarity_map_chart(result: Similarity) -> Chart:
+  """Outputs of all pairs, in three layers."""
+  router = int(pairs(result.outputs_LEE).max(1).argmax())
+  shown = shown_routers(len(result.routers), router)
+  panels = []
+  for i in shown:
+    cosine_EE = result.outputs_LEE[i].astype(float)
+    np.fill_diagonal(cosine_EE, np.nan)
+    panels.append(_strongest(cosine_EE))
+  high = max(0.1, *(np.nanmax(np.abs(x), initial=0) for _, x in panels))
+
+  def draw(figure: Any, narrow: bool) -> None:
+    names = [result.routers[i] for i in shown]
+    axes, image = _expert_maps(figure, narrow, names, panels, (-high, 0, high))
+    bar = _bar(figure, image, axes, narrow)
+    bar.set_ticks(
+      [-high, 0, high],
+      labels=[f"{-high:.2f}", "0: unrelated", f"{high:.2f}"],
+    )
+    for ax in axes:
+      ax.set_xlabel("expert", labelpad=2)
+    axes[0].set_ylabel("expert", labelpad=2)
+
+  cosine_EE = result.outputs_LEE[router] - 2 * np.eye(
+    result.outputs_LEE.shape[-1]
+  )
+  i, j = np.unravel_index(cosine_EE.argmax(), cosine_EE.shape)
+  title = (
+    f"Experts {i} and {j} of {result.routers[router]} compute the most alike: "
+    f"cosine {cosine_EE[i, j]:.2f}"
+  )
+  note = (
+    "Mean cosine between two experts' outputs for the same tokens. 1 would be "
+    "the same expert twice; unrelated experts are at 0, the middle of the "
+    "scale."
+  )
+  return Chart("similarity_map", title, note, draw, (FULL, 430), (348, 980))
+
+
+def _strongest(values_EE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The experts with the highest values, and the values among them."""
+  best_E = np.nanmax(
+    np.where(np.isnan(values_EE), -np.inf, values_EE), axis=1, initial=-np.inf
+  )
+  kept = np.sort(np.argsort(-best_E, kind="stable")[:MAX_EXPERTS])
+  return kept, values_EE[np.ix_(kept, kept)]
+
+
+def _expert_maps(
+  figure: Any, narrow: bool, names: Sequence[str],
+  panels: Sequence[tuple[np.ndarray, np.ndarray]],
+  scale: tuple[float, float, float],
+) -> tuple[Any, Any]:  # fmt: skip
+  """Heat maps beside each other, on one scale (low, chance, high)."""
+  from matplotlib.colors import TwoSlopeNorm
+
+  shape = (len(panels), 1) if narrow else (1, len(panels))
+  axes = figure.subplots(*shape, squeeze=False).ravel()
+  low, middle, high = scale
+  middle = min(max(middle, low + 1e-9), high - 1e-9)
+  for ax, name, (experts, values) in zip(axes, names, panels):
+    image = ax.imshow(
+      values, cmap=load_colour_map(), norm=TwoSlopeNorm(middle, low, high),
+      interpolation="none",
+    )  # fmt: skip
+    _bare(ax)
+    step = -(-len(experts) // 16)
+    places = np.arange(0, len(experts), step)
+    ax.set_xticks(places, experts[::step], rotation=90 if step > 1 else 0)
+    ax.set_yticks(places, experts[::step])
+    ax.tick_params(labelsize=9)
+    ax.set_title(name, loc="left", pad=4, color=LIGHT["soft"], fontsize=10.5)
+  return axes, image
+
+
+def _bar(figure: Any, image: Any, axes: Any, narrow: bool) -> Any:
+  bar = figure.colorbar(
+    image, ax=list(axes), location="top", aspect=34 if narrow else 60,
+    shrink=1.0 if narrow else 0.5, anchor=(0.0, 0.5),
+  )  # fmt: skip
+  bar.ax.tick_params(length=0, pad=2)
+  bar.outline.set_visible(False)
+  return bar
+
+
+def _bare(ax: Any) -> None:
+  """An image needs no grid and no frame."""
+  ax.grid(False)
+  ax.spines[:].set_visible(False)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures of routing with OLMoE's definitions (arXiv:2409.02060).
+
+Each is a pure function of what `survey` counted, and each result holds what
+chance would give. Where a router has no fixed number of experts per token, k is
+the mean number. `M` counts checkpoints, `U` domains, `Q` kinds of token ids.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from moejax.analysis.counts import KINDS, Tally
+from moejax.analysis.surveys import Survey
+from moejax.errors import ConfigError
+
+# Ids that the chance level of vocabulary specialisation is drawn for.
+_DRAWN_IDS = 500
+_DRAWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturation:
+  """How much of the last checkpoint's routing each one has.
+
+  Attributes:
+    routers: names.
+    steps_M: of the checkpoints, the last among them.
+    share_ML: mean |E_t n E_T| / k, E_t a token's experts at step t.
+    top_share_ML: the same for the best expert alone.
+    chance_L, top_chance: of two routers that do not know of each other.
+  """
+
+  routers: tuple[str, ...]
+  steps_M: np.ndarray
+  share_ML: np.ndarray
+  top_share_ML: np.ndarray
+  chance_L: np.ndarray
+  top_chance: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CoActivation:
+  """Which experts work on the same tokens.
+
+  Attributes:
+    routers: names.
+    share_LEE: Co(i, j) = N(i and j) / N(i), over all pairs; NaN where i = j or
+      i was never chosen.
+    count_LE: N(i).
+    chance_L: (k - 1) / (E - 1), of experts chosen independently.
+  """
+
+  routers: tuple[str, ...]
+  share_LEE: np.ndarray
+  count_LE: np.ndarray
+  chance_L: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class DomainSpecialisation:
+  """Dom(i, D) = N_k(i, D) / N(D), the share of D's tokens that expert i gets.
+
+  Attributes:
+    routers, domains: names.
+    share_ULE: by expert among the k of a token.
+    top_share_ULE: by best expert.
+    tokens_U: N(D).
+    chance_L: k / E; of the best expert it is 1 / E.
+  """
+
+  routers: tuple[str, ...]
+  domains: tuple[str, ...]
+  share_ULE: np.ndarray
+  top_share_ULE: np.ndarray
+  tokens_U: np.ndarray
+  chance_L: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularySpecialisation:
+  """How much of the tokens of one id go to one expert.
+
+  Of each id with enough occurrences, the share of the expert that gets most of
+  them; then the mean over ids.
+
+  Attributes:
+    routers: names.
+    kinds: what the id is of: the token, the predicted next, the true next one.
+    ids_Q: ids that occur often enough.
+    share_QL: by expert among the k of a token.
+    top_share_QL: by best expert.
+    chance_QL, top_chance_QL: of a router that sees no token but has the same
+      loads, drawn for as many occurrences; the best of E chance shares lies
+      above k / E.
+    min_count: occurrences that an id needs.
+  """
+
+  routers: tuple[str, ...]
+  kinds: tuple[str, ...]
+  ids_Q: np.ndarray
+  share_QL: np.ndarray
+  top_share_QL: np.ndarray
+  chance_QL: np.ndarray
+  top_chance_QL: np.ndarray
+  min_count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """Each expert's share of its router's assignments, over the fair share 1/E.
+
+  Attributes:
+    routers: names.
+    steps_M: of the checkpoints.
+    load_MLE: 1 is fair.
+  """
+
+  routers: tuple[str, ...]
+  steps_M: np.ndarray
+  load_MLE: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Entropy:
+  """Mean entropy of the router's probabilities as a share of the largest, ln E.
+
+  Attributes:
+    routers: names.
+    steps_M: of the checkpoints.
+    share_ML: 1 is no preference, 0 is always sure of one expert.
+  """
+
+  routers: tuple[str, ...]
+  steps_M: np.ndarray
+  share_ML: np.ndarray
+
+
+def saturation(surveys: Sequence[Survey]) -> Saturation:
+  """Of checkpoints that `survey_all` compared with the last one.
+
+  Raises:
+    ConfigError: there is one checkpoint only.
+  """
+  *earlier, last = surveys
+  if not earlier:
+    raise ConfigError(
+      "saturation compares checkpoints, and there is one; name several, or "
+      "RUN:all"
+    )
+  L = len(last.routers)
+  whole = np.ones((1, L))
+  ratio = lambda a, b: np.stack([_ratio(a(s), b(s)) for s in earlier])
+  return Saturation(
+    routers=last.routers,
+    steps_M=np.array([s.step for s in surveys]),
+    share_ML=np.concatenate(
+      [ratio(lambda s: s.overlap.same_L, lambda s: s.overlap.wanted_L), whole]
+    ),
+    top_share_ML=np.concatenate([
+      ratio(lambda s: s.overlap.top_L, lambda s: s.overlap.top_wanted_L), whole
+    ]),
+    chance_L=_experts_per_token(last.total) / last.num_experts,
+    top_chance=1 / last.num_experts,
+  )  # fmt: skip
+
+
+def co_activation(survey: Survey) -> CoActivation:
+  """Of all domains together, over all pairs of a token's experts."""
+  total, E = survey.total, survey.num_experts
+  share_LEE = _ratio(total.together_LEE, total.chosen_LE[:, :, None])
+  share_LEE[:, np.arange(E), np.arange(E)] = np.nan
+  pairs_L = total.together_LEE.sum((1, 2)) - total.chosen_LE.sum(1)
+  return CoActivation(
+    routers=survey.routers,
+    share_LEE=share_LEE,
+    count_LE=total.chosen_LE,
+    chance_L=_ratio(pairs_L, total.chosen_LE.sum(1) * max(1, E - 1)),
+  )
+
+
+def domain_specialisation(survey: Survey) -> DomainSpecialisation:
+  """Of each domain apart."""
+  tallies = survey.domains.values()
+  tokens_U = np.array([t.tokens for t in tallies])
+  shares = lambda counts: np.stack(counts) / tokens_U[:, None, None]
+  return DomainSpecialisation(
+    routers=survey.routers,
+    domains=tuple(survey.domains),
+    share_ULE=shares([t.chosen_LE for t in tallies]),
+    top_share_ULE=shares([t.top_LE for t in tallies]),
+    tokens_U=tokens_U,
+    chance_L=_experts_per_token(survey.total) / survey.num_experts,
+  )
+
+
+def vocabulary_specialisation(
+  survey: Survey, min_count: int = 10
+) -> VocabularySpecialisation:
+  """Of all domains together, by ids with at least `min_count` occurrences.
+
+  Raises:
+    ConfigError: no id occurs so often.
+  """
+  words, total = survey.words, survey.total
+  kept = [np.flatnonzero(seen_V >= min_count) for seen_V in words.seen_QV]
+  if not all(map(len, kept)):
+    raise ConfigError(
+      f"no token id occurs {min_count} times; lower --min-count or give more "
+      "text"
+    )
+  curve = lambda count_QVLE: np.stack([
+    (count_QVLE[q][ids] / words.seen_QV[q][ids][:, None, None]).max(2).mean(0)
+    for q, ids in enumerate(kept)
+  ])  # fmt: skip
+  chance = lambda count_LE: np.stack([
+    _blind(words.seen_QV[q][ids], count_LE / total.tokens)
+    for q, ids in enumerate(kept)
+  ])  # fmt: skip
+  return VocabularySpecialisation(
+    routers=survey.routers,
+    kinds=KINDS,
+    ids_Q=np.array(list(map(len, kept))),
+    share_QL=curve(words.chosen_QVLE),
+    top_share_QL=curve(words.top_QVLE),
+    chance_QL=chance(total.chosen_LE),
+    top_chance_QL=chance(total.top_LE),
+    min_count=min_count,
+  )
+
+
+def load(surveys: Sequence[Survey]) -> Load:
+  """Of each checkpoint, all domains together."""
+  counts = np.stack([s.total.chosen_LE for s in surveys])
+  share = _ratio(counts, counts.sum(-1, keepdims=True))
+  last = surveys[-1]
+  steps_M = np.array([s.step for s in surveys])
+  return Load(last.routers, steps_M, share * last.num_experts)
+
+
+def entropy(surveys: Sequence[Survey]) -> Entropy:
+  """Of each checkpoint, all domains together."""
+  last = surveys[-1]
+  share = [s.total.entropy_L / s.total.tokens for s in surveys]
+  steps_M = np.array([s.step for s in surveys])
+  return Entropy(last.routers, steps_M, np.stack(share))
+
+
+def _experts_per_token(total: Tally) -> np.ndarray:
+  """[L] k, or the mean number."""
+  return total.chosen_LE.sum(1) / total.tokens
+
+
+def _blind(seen: np.ndarray, prob_LE: np.ndarray) -> np.ndarray:
+  """[L] mean of the largest expert's share, of a router blind to tokens.
+
+  Each expert takes an occurrence with its own probability.
+  """
+  rng = np.random.default_rng(0)
+  if len(seen) > _DRAWN_IDS:
+    seen = rng.choice(seen, _DRAWN_IDS, replace=False)
+  seen = np.tile(seen, _DRAWS)
+  means = [
+    (rng.binomial(seen[:, None], prob_E[None]) / seen[:, None]).max(1).mean()
+    for prob_E in np.minimum(prob_LE, 1.0)
+  ]
+  return np.array(means)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  """a / b, NaN where there is nothing."""
+  return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=b != 0)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of an analysis: each picture, how to read it, and token tables."""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moejax.analysis import lines, maps, measures
+from moejax.analysis.similarities import Similarity
+from moejax.analysis.vocabulary import Columns
+from moejax.files import write_atomically
+from moejax.progress import progress_bar
+from moejax.report import pictures
+from moejax.report.charts import Chart, percent
+from moejax.report.page import card, document, escape, folded_table
+
+TOKENS_SHOWN = 8
+KIND_NAMES = {
+  "input": "the token itself",
+  "predicted": "the predicted next token",
+  "next": "the true next token",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+  """All that was found.
+
+  Attributes:
+    name: of the run.
+    facts: short sentences on checkpoint and text.
+    results: measures by name.
+    tokens: table of tokens by expert; None where ids were not counted.
+    left_out: why measures are missing.
+  """
+
+  name: str
+  facts: list[str]
+  results: dict[str, Any]
+  tokens: Columns | None
+  left_out: list[str]
+
+
+@functools.singledispatch
+def charts(result: Any) -> list[Chart]:
+  """The pictures of a measure."""
+  raise TypeError(f"{type(result).__name__} is no measure")
+
+
+@charts.register
+def _(result: measures.Saturation):
+  return [lines.saturation_chart(result)]
+
+
+@charts.register
+def _(result: measures.CoActivation):
+  return [maps.co_activation_chart(result)]
+
+
+@charts.register
+def _(result: measures.DomainSpecialisation):
+  return [maps.domain_chart(result)]
+
+
+@charts.register
+def _(result: measures.VocabularySpecialisation):
+  return [lines.vocabulary_chart(result)]
+
+
+@charts.register
+def _(result: measures.Load):
+  over_time = len(result.steps_M) > 1
+  return [maps.load_chart(result)] + (
+    [lines.load_over_time_chart(result)] if over_time else []
+  )
+
+
+@charts.register
+def _(result: measures.Entropy):
+  return [lines.entropy_chart(result)]
+
+
+@charts.register
+def _(result: Similarity):
+  return [lines.similarity_chart(result), maps.similarity_map_chart(result)]
+
+
+def draw(result: Any) -> Any:
+  """A measure's first picture as a matplotlib figure, for notebooks."""
+  return pictures.figure_of(charts(result)[0])
+
+
+HEADINGS = {
+  "saturation": "Saturation: when is routing settled?",
+  "co_activation": "Co-activation: which experts work together?",
+  "domains": "Domains: which expert gets which text?",
+  "vocabulary": "Vocabulary: which expert gets which token?",
+  "load": "Load: who works how much?",
+  "entropy": "Entropy: how sure are the routers?",
+  "similarity": "Similarity: how different are the experts?",
+}
+
+
+def render(found: Analysis, drawn: Callable[[], None] = lambda: None) -> str:
+  """The whole page, which opens offline; `drawn` is called for each picture."""
+  facts = "".join(f"<span>{escape(fact)}</span>" for fact in found.facts)
+  body = [
+    f'<div class="head"><h1>Routing of {escape(found.name)}</h1></div>',
+    f'<p class="facts">{facts}</p>',
+  ]
+  for name, heading in HEADINGS.items():
+    if name not in found.results:
+      continue
+    cards = []
+    for chart in charts(found.results[name]):
+      cards.append(card(chart))
+      drawn()
+    body.append(f'<h2>{heading}</h2><div class="cards">{"".join(cards)}</div>')
+    if name == "vocabulary" and found.tokens is not None:
+      body.append(_token_tables(found.tokens))
+  notes = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
+  body.append(f"<h2>Left out</h2><ul>{notes}</ul>" if notes else "")
+  footer = (
+    "Written by <code>moejax analyze</code>. All numbers lie beside this page: "
+    "<code>summary.json</code> and a table for each measure."
+  )
+  return document(f"Routing of {found.name}", body, footer)
+
+
+def write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
+  """Writes index.html and the PNG files; returns the page's path."""
+  path = folder / "index.html"
+  every = [c for result in found.results.values() for c in charts(result)]
+  with progress_bar("drawing, pictures", 2 * len(every), sys.stderr) as bar:
+    for chart in every:
+      pictures.save_png(chart, folder / f"{chart.name}.png")
+      bar.advance()
+    write_atomically(path, render(found, bar.advance))
+  return path
+
+
+def _token_tables(tokens: Columns) -> str:
+  """A table for some layers and each kind of id, a row an expert."""
+  routers = list(dict.fromkeys(tokens["router"].tolist()))
+  parts = [
+    '<p class="lead">The tokens of which each expert is most often the best '
+    "one, with their share; those of all layers are in the table of tokens."
+    "</p>"
+  ]
+  for i in maps.shown_routers(len(routers)):
+    for kind, words in KIND_NAMES.items():
+      mine = (tokens["router"] == routers[i]) & (tokens["kind"] == kind)
+      table = {key: column[mine] for key, column in tokens.items()}
+      rows = "".join(_expert_row(table, e) for e in np.unique(table["expert"]))
+      title = f"{routers[i]}, by {words}"
+      parts.append(folded_table(title, f"{mine.sum()} tokens", rows))
+  return "".join(parts)
+
+
+def _expert_row(table: Mapping[str, np.ndarray], expert: int) -> str:
+  mine = np.flatnonzero(table["expert"] == expert)[:TOKENS_SHOWN]
+  cells = " ".join(
+    f'<code class="value">{escape(table["text"][i])}</code> '
+    f"{escape(percent(table['top_share'][i]))}"
+    for i in mine
+  )
+  return f"<tr><td>expert&nbsp;{expert}</td><td>{cells}</td></tr>"
