@@ -218,7 +218,10 @@ class ModelConfig:
     "mscale_all_dim=...)",
   )
   tie_embeddings: bool = option(False, "output table = input table")
-  init_std: float = option(0.02, "std of the normal init, cut at 3 std")
+  init_std: float = option(0.02, "std of the normal init")
+  init_cut: float = option(
+    3.0, "weights are drawn again beyond so many init_std; 0 is no cut"
+  )
   dtype: str = option("bfloat16", "compute dtype: bfloat16 or float32")
   attention: str = option(
     "auto", "attention back end: auto, plain, blockwise, cudnn or splash"
@@ -246,6 +249,7 @@ class ModelConfig:
     require_choice("model.norm", self.norm, ("rms", "layer"))
     require_choice("model.norm_position", self.norm_position, ("pre", "post"))
     require(self.clip_qkv >= 0, "model.clip_qkv is negative")
+    require(self.init_cut >= 0, "model.init_cut is negative")
     require(self.final_norm_eps >= 0, "model.final_norm_eps is negative")
     require_choice("model.dtype", self.dtype, ("bfloat16", "float32"))
     require_choice(

@@ -16,7 +16,7 @@ from moejax.models import Variables, build, stack_repeats, unstack_repeats
 # Options of `model` that do not change what the weights mean.
 _FREE = (
   "model.dtype", "model.attention", "model.remat", "model.scan_layers",
-  "model.init_std", "model.moe.dispatch", "model.moe.matmul",
+  "model.init_std", "model.init_cut", "model.moe.dispatch", "model.moe.matmul",
 )  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def architecture(config: ModelConfig) -> ModelConfig:
     ),
     **{
       name: getattr(plain, name)
-      for name in ("init_std", "dtype", "attention", "remat")
+      for name in ("init_std", "init_cut", "dtype", "attention", "remat")
     },
   )
 

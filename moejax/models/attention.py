@@ -71,7 +71,7 @@ class Attention(nn.Module):
       q_BTNH = rms_norm(q_BTNH, next(gains) * next(gains), cfg.norm_eps)
     y_BTNH = attend(self.backends, q_BTNH, shared, context)
     w_o = weight(
-      self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), cfg.init_std
+      self, "w_o_NHD", (N, H, D), ("heads", "head_dim", "embed"), cfg
     )
     y_BTD = jnp.einsum("btnh,nhd->btd", y_BTNH, w_o.astype(x_BTD.dtype))
     return y_BTD, cache, shared
@@ -81,7 +81,7 @@ class Attention(nn.Module):
     w = weight(
       self, f"w_{which}_D{letter}H", (cfg.d_model, heads, cfg.head_dim),
       ("embed", "heads" if which == "q" else "kv_heads", "head_dim"),
-      cfg.init_std,
+      cfg,
     )  # fmt: skip
     return jnp.einsum("btd,dnh->btnh", x_BTD, w.astype(x_BTD.dtype))
 

@@ -124,4 +124,4 @@ class LatentAttention(nn.Module):
     return q_BTNH, LayerCache(k_BTNH, v_BTNH)
 
   def _weight(self, name: str, shape, axes) -> Array:
-    return weight(self, name, shape, axes, self.config.init_std)
+    return weight(self, name, shape, axes, self.config)

@@ -12,13 +12,18 @@ Array = jax.Array
 
 def weight(
   module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...],
-  std: float,
+  config: ModelConfig,
 ) -> Array:  # fmt: skip
-  """A float32 parameter, normal with `std`, cut at 3 std, as OLMoE draws it.
+  """A float32 parameter, drawn as the config says.
 
   `axes` are logical names; `parallel` maps them to a mesh.
   """
-  init = nn.initializers.truncated_normal(std, jnp.float32, -3.0, 3.0)
+  std, cut = config.init_std, config.init_cut
+  init = (
+    nn.initializers.truncated_normal(std, jnp.float32, -cut, cut)
+    if cut
+    else nn.initializers.normal(std, jnp.float32)
+  )
   return module.param(
     name, nn.with_logical_partitioning(init, tuple(axes)), shape
   )
@@ -65,11 +70,12 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: Array) -> Array:
-    D, F, std = self.config.d_model, self.d_hidden, self.config.init_std
+    cfg = self.config
+    D, F = cfg.d_model, self.d_hidden
     dtype = x_BTD.dtype
-    w_gate_DF = weight(self, "w_gate_DF", (D, F), ("embed", "mlp"), std)
-    w_up_DF = weight(self, "w_up_DF", (D, F), ("embed", "mlp"), std)
-    w_down_FD = weight(self, "w_down_FD", (F, D), ("mlp", "embed"), std)
+    w_gate_DF = weight(self, "w_gate_DF", (D, F), ("embed", "mlp"), cfg)
+    w_up_DF = weight(self, "w_up_DF", (D, F), ("embed", "mlp"), cfg)
+    w_down_FD = weight(self, "w_down_FD", (F, D), ("mlp", "embed"), cfg)
     gate_BTF = x_BTD @ w_gate_DF.astype(dtype)
     up_BTF = x_BTD @ w_up_DF.astype(dtype)
     return (jax.nn.silu(gate_BTF) * up_BTF) @ w_down_FD.astype(dtype)

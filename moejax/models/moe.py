@@ -84,12 +84,12 @@ class MoE(nn.Module):
     return y_BTD, stats
 
   def _weights(self) -> GatedMlpWeights:
-    cfg, std = self.config, self.config.init_std
+    cfg = self.config
     D, E, F = cfg.d_model, cfg.moe.num_experts, cfg.moe.d_expert
     return GatedMlpWeights(
-      w_gate_EDF=weight(self, "w_gate_EDF", (E, D, F), EXPERT_IN, std),
-      w_up_EDF=weight(self, "w_up_EDF", (E, D, F), EXPERT_IN, std),
-      w_down_EFD=weight(self, "w_down_EFD", (E, F, D), EXPERT_OUT, std),
+      w_gate_EDF=weight(self, "w_gate_EDF", (E, D, F), EXPERT_IN, cfg),
+      w_up_EDF=weight(self, "w_up_EDF", (E, D, F), EXPERT_IN, cfg),
+      w_down_EFD=weight(self, "w_down_EFD", (E, F, D), EXPERT_OUT, cfg),
     )
 
 
@@ -137,7 +137,7 @@ STATS = Partial(Axes("batch"), over=("tokens",))
 def router_weights(module: nn.Module, config: ModelConfig) -> RouterWeights:
   """The parameters and the state of a layer's own router."""
   D, E = config.d_model, config.moe.num_experts
-  w_DE = weight(module, "w_router_DE", (D, E), ROUTER.w_DE, config.init_std)
+  w_DE = weight(module, "w_router_DE", (D, E), ROUTER.w_DE, config)
   router = resolve(config.moe.router_spec)
   further = {
     name: _Projection(config, width, name=f"router_{name.rpartition('_')[0]}")()
@@ -162,7 +162,7 @@ class _Projection(nn.Module):
   @nn.compact
   def __call__(self) -> Array:
     shape = self.config.d_model, self.width
-    return weight(self, "w_DE", shape, ROUTER.w_DE, self.config.init_std)
+    return weight(self, "w_DE", shape, ROUTER.w_DE, self.config)
 
 
 def route(

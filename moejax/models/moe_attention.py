@@ -61,13 +61,13 @@ class MoEAttention(nn.Module):
     B, T, D = x_BTD.shape
     K, H, E = cfg.num_kv_heads, cfg.head_dim, cfg.moe.num_experts
     X = cfg.num_heads // K
-    dtype, std = x_BTD.dtype, cfg.init_std
+    dtype = x_BTD.dtype
     w_k, w_v = (
-      weight(self, name, (D, K, H), ("embed", "kv_heads", "head_dim"), std)
+      weight(self, name, (D, K, H), ("embed", "kv_heads", "head_dim"), cfg)
       for name in ("w_k_DKH", "w_v_DKH")
     )
-    w_q = weight(self, "w_q_EDKH", (E, D, K, H), W_Q, std).astype(dtype)
-    w_o = weight(self, "w_o_EKHD", (E, K, H, D), W_O, std).astype(dtype)
+    w_q = weight(self, "w_q_EDKH", (E, D, K, H), W_Q, cfg).astype(dtype)
+    w_o = weight(self, "w_o_EKHD", (E, K, H, D), W_O, cfg).astype(dtype)
     tokens = RoutedTokens.of(cfg, context.rows, layer + _NOISE)
     q_BTXKH, stats, choice = self._queries(x_BTD, tokens, w_q)
     # Head c of all X experts reads keys of head c: neighbours, as GQA has them.

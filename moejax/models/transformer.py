@@ -75,9 +75,9 @@ class Transformer(nn.Module):
     cfg = self.config
     backends = self.backends or choose_backends(cfg)
     V, D, axes = cfg.vocab_size, cfg.d_model, TABLE
-    self.w_embed_VD = weight(self, "w_embed_VD", (V, D), axes, cfg.init_std)
+    self.w_embed_VD = weight(self, "w_embed_VD", (V, D), axes, cfg)
     if not cfg.tie_embeddings:
-      self.w_output_VD = weight(self, "w_output_VD", (V, D), axes, cfg.init_std)
+      self.w_output_VD = weight(self, "w_output_VD", (V, D), axes, cfg)
     block = _checkpointed(Block, cfg, in_scan=False)
     self.prefix = [block(cfg, layer, backends) for layer in cfg.prefix_layers]
     if cfg.scan_layers:

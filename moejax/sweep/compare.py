@@ -8,6 +8,7 @@ import numpy as np
 
 from moejax.errors import DataError
 from moejax.report.rundata import RunData, Table, load_run_data
+from moejax.report.series import smooth
 from moejax.sweep.spec import PlannedRun, Sweep
 from moejax.sweep.state import RunState, read_state
 
@@ -139,6 +140,28 @@ class Comparison:
     both = sorted(set(base) & set(point.losses))
     differences = np.array([point.losses[s] - base[s] for s in both])
     return mean_and_error(differences)
+
+  def steps_to_equal(self, point: PointResult) -> float:
+    """After which share of the steps the reference's last loss was reached.
+
+    By running means of the training loss, seed by seed, then the mean; NaN if a
+    seed did not get there.
+    """
+    base = {
+      r.planned.seed: r
+      for r in next(p for p in self.points if p.name == self.reference).runs
+    }
+    shares = [_share(run, base[run.planned.seed]) for run in point.runs]
+    return float(np.mean(shares)) if shares else float("nan")
+
+
+def _share(run: RunResult, base: RunResult) -> float:
+  if not np.isfinite([run.final_loss, base.final_loss]).all():
+    return float("nan")
+  steps, loss = smooth(run.data.metrics.steps, run.data.metrics[LOSS])
+  _, wanted = smooth(base.data.metrics.steps, base.data.metrics[LOSS])
+  reached = steps[loss <= wanted[-1]]
+  return reached[0] / base.num_steps if len(reached) else float("nan")
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

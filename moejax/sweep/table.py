@@ -36,6 +36,12 @@ def columns(comparison: Comparison) -> list[Column]:
       "of one seed see the same batches", _difference, "{:+.4f}".format,
     ),
     Column(
+      "steps_to_equal", "equal after", "share of the steps after which the "
+      f"training loss (running mean) was down at {comparison.reference}'s "
+      "last; – where it never was",
+      lambda c, p: c.steps_to_equal(p), "{:.0%}".format,
+    ),
+    Column(
       "tokens_per_second", "tokens/s", "median step's tokens per second, mean "
       "over seeds", lambda c, p: p.mean(lambda r: r.tokens_per_second),
       "{:,.0f}".format,
