@@ -10,8 +10,9 @@ import types
 
 _MODULES = (
   "analysis", "checkpoint", "config", "convert", "data", "describe", "dispatch",
-  "evaluate", "experts", "generate", "losses", "metrics", "models", "ops",
-  "optimizer", "report", "routing", "runs", "sampling", "step", "train",
+  "errors", "evaluate", "experts", "generate", "losses", "metrics", "models",
+  "ops", "optimizer", "plan", "report", "routing", "runs", "sampling",
+  "scaling", "step", "sweep", "train",
 )  # fmt: skip
 
 

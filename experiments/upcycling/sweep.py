@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts from a dense run's MLPs, or from scratch.
 
-Komatsuzaki et al. 2022 (arXiv:2212.05055); OLMoE (arXiv:2409.02060), ablations. `dense.sh` makes the runs that two of the points start from.
+Komatsuzaki et al. 2022 (arXiv:2212.05055); OLMoE (arXiv:2409.02060).
+`dense.sh` makes the runs that two of the points start from.
 """
 
 from moejax.sweep import Sweep

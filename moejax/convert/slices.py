@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import ModelConfig
-from moejax.routing import balance, resolve
+from moejax.routing import resolve
+from moejax.routing.inputs import asks_for, made_up_inputs, option
 
 Array = np.ndarray
-TOKENS = 1024
+TOKENS = 1024  # so many groups of them, where a router has groups
 TOLERANCE = 1e-5  # float32 rounds a renormalised weight by 1e-7
 
 
@@ -49,27 +50,29 @@ class SliceWeights:
     """
     E, G = model.moe.num_experts, granularity
     router = resolve(model.moe.router_spec)
-    state = {}
-    if balance.has_bias(router):
-      state["bias_E"] = jnp.zeros(E, jnp.float32)
+    T = TOKENS
+    if asks_for(router, "group_size"):
+      T *= option(router, "group_size")  # whole groups
     rng = np.random.default_rng(0)
     # Inputs are normed: a logit's variance is init_std^2 a channel.
     std = model.init_std * model.d_model**0.5
-    logits = rng.normal(0, std, (TOKENS, E // G)).astype(np.float32)
+    logits = rng.normal(0, std, (T, E // G)).astype(np.float32)
     logits_TE = jnp.asarray(np.repeat(logits, G, axis=1))
-    route = functools.partial(router, logits_TE, jnp.ones(TOKENS, bool))
-    keys = jax.random.split(jax.random.key(0), TOKENS)
+    route = functools.partial(
+      router, logits_TE, jnp.ones(T, bool), **made_up_inputs(router, E, T)
+    )
+    keys = jax.random.split(jax.random.key(0), T)
 
     def weights(routing) -> Array:
-      weight_TG = np.zeros((TOKENS, G))
+      weight_TG = np.zeros((T, G))
       there = np.asarray(routing.expert_A) < E
       where = np.asarray(routing.token_A), np.asarray(routing.expert_A) % G
       np.add.at(weight_TG, where, np.where(there, routing.weight_A, 0.0))
       return weight_TG
 
-    calm_TG = noisy_TG = weights(route(rng=None, **state))
+    calm_TG = noisy_TG = weights(route(rng=None))
     if _constant(calm_TG):
-      noisy_TG = weights(route(rng=keys, **state))
+      noisy_TG = weights(route(rng=keys))
     return cls(calm_TG, noisy_TG, model.moe.experts_per_token)
 
   @property
@@ -119,6 +122,8 @@ class SliceWeights:
   def _why(self) -> str:
     G, k = self.num_slices, self.k
     total_T1 = self.weight_TG.sum(1, keepdims=True)
+    if _constant(total_T1) and k % G == 0:
+      return f"the router does not send each token to all {G} slices alike"
     if _constant(total_T1):
       return (
         f"k={k} experts of a token do not hold each of {G} slices alike; use "

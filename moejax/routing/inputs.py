@@ -14,6 +14,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from moejax.errors import ConfigError
 from moejax.routing.base import Router, bare
 
@@ -72,6 +75,26 @@ def option(router: Router, name: str) -> Any:
   if isinstance(router, functools.partial) and name in router.keywords:
     return router.keywords[name]
   return inspect.signature(router).parameters[name].default
+
+
+def made_up_inputs(
+  router: Router, num_experts: int, T: int, seed: int = 0
+) -> dict[str, Any]:
+  """What a router asks for beside logits and `rng`, of T tokens of no text.
+
+  For trying it out: normal logits, no bias, each token its own document.
+  """
+  rng = np.random.default_rng(seed)
+  inputs: dict[str, Any] = {
+    name: jnp.asarray(rng.standard_normal((T, width)), jnp.float32)
+    for name, width in projections_of(router, num_experts).items()
+  }
+  known = {
+    "token_T": jnp.asarray(rng.integers(0, 256, T), jnp.int32),
+    "position_T": jnp.zeros(T, jnp.int32),
+    BIAS: jnp.zeros(num_experts, jnp.float32),
+  }
+  return inputs | {n: x for n, x in known.items() if asks_for(router, n)}
 
 
 def _projections(router: Router) -> dict[str, str]:

@@ -56,7 +56,7 @@ def routers_of(module) -> list[str]:
 def home_of(router: Router) -> str | None:
   """The folder to import a router of one's own from; None for built-in ones."""
   package = bare(router).__module__.partition(".")[0]
-  if package == "moejax":
+  if package in ("moejax", "__main__"):
     return None
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.has_location:

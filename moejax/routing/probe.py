@@ -21,8 +21,8 @@ from moejax.routing.base import (
 from moejax.routing.inputs import (
   BIAS,
   asks_for,
+  made_up_inputs,
   option,
-  projections_of,
 )
 
 Array = jax.Array
@@ -84,27 +84,15 @@ def _run(
 ) -> tuple[Routing, np.ndarray]:
   """A routing of made-up tokens, of which the later half may be changed."""
   T = probe_tokens(router)
-  draw = np.random.default_rng(0)
-  later = np.arange(T) >= T // 2
-
-  def made_up(*shape):
-    x = draw.standard_normal(shape).astype(np.float32)
-    other = draw.standard_normal(shape).astype(np.float32)
-    x = np.where(later[:, None] & change, other, x) if len(shape) > 1 else x
-    return jnp.asarray(x)
-
   mask_T = np.arange(T) != 1
-  inputs = {
-    "logits_TE": made_up(T, E),
-    **{n: made_up(T, w) for n, w in projections_of(router, E).items()},
-  }
-  ids_T = jnp.where(later & change, 7, jnp.arange(T, dtype=jnp.int32))
-  if asks_for(router, "token_T"):
-    inputs["token_T"] = ids_T
-  if asks_for(router, "position_T"):
-    inputs["position_T"] = jnp.arange(T, dtype=jnp.int32)
-  if asks_for(router, BIAS):
-    inputs[BIAS] = jnp.zeros(E)
+  inputs = _inputs(router, E, T, 0)
+  if change:
+    later_T = jnp.arange(T) >= T // 2
+    others = _inputs(router, E, T, 1)
+    for key in inputs.keys() - {BIAS}:
+      x, other = inputs[key], others[key]
+      later = later_T.reshape(T, *[1] * (x.ndim - 1))
+      inputs[key] = jnp.where(later, other, x)
   inputs["rng"] = jax.random.split(jax.random.key(0), T) if training else None
 
   @jax.jit
@@ -114,6 +102,13 @@ def _run(
     return check_routing(routing, logits_TE, router, name)
 
   return jax.device_get(run(inputs)), mask_T
+
+
+def _inputs(router: Router, E: int, T: int, seed: int) -> dict[str, Array]:
+  drawn = np.random.default_rng(100 + seed).standard_normal((T, E))
+  logits_TE = jnp.asarray(drawn, jnp.float32)
+  more = made_up_inputs(router, E, T, seed)
+  return {"logits_TE": logits_TE, **more}
 
 
 def _check_values(
