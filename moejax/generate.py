@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.config import ModelConfig
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
 from moejax.memory import require_memory
@@ -194,13 +195,18 @@ def for_generation(
 _unstack = jax.jit(unstack_repeats, static_argnums=0)
 
 
+def can_generate(config: ModelConfig) -> bool:
+  """Whether no router looks at later tokens."""
+  routed = any(layer.num_routers for layer in config.layers)
+  return not routed or is_causal(resolve(config.moe.router_spec))
+
+
 def _check(model, prompts, max_new_tokens) -> None:
   cfg = model.config
-  if any(layer.num_routers for layer in cfg.layers):
-    if not is_causal(resolve(cfg.moe.router_spec)):
-      raise ConfigError(
-        f"router {cfg.moe.router!r} looks at later tokens and cannot generate"
-      )
+  if not can_generate(cfg):
+    raise ConfigError(
+      f"router {cfg.moe.router!r} looks at later tokens and cannot generate"
+    )
   if not prompts or not all(len(p) for p in prompts):
     raise ConfigError("an empty prompt; give at least one token")
   if max_new_tokens < 1:

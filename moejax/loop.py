@@ -15,7 +15,7 @@ from moejax.config import Config
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
-from moejax.generate import DEFAULT_SAMPLING, generate
+from moejax.generate import DEFAULT_SAMPLING, can_generate, generate
 from moejax.hardware import peak_flops
 from moejax.metrics import RunLog
 from moejax.models import Transformer, build, train_flops_per_token
@@ -187,7 +187,7 @@ class Loop:
         f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
         f"{values['validation/bits_per_byte']:.3f} bits per byte"
       )
-      if config.eval.sample_tokens:
+      if config.eval.sample_tokens and can_generate(config.model):
         self._sample()
 
   def _sample(self) -> None:

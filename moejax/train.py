@@ -28,6 +28,7 @@ from moejax.config import (
 )
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
+from moejax.generate import can_generate
 from moejax.hardware import keep_freed_memory
 from moejax.init_from import weights_of
 from moejax.loop import Loop
@@ -173,6 +174,11 @@ def announce(
     print(f"note: validation has no rows of {', '.join(unseen)}")
   for line in describe_backends(model, config.data.seq_len):
     print(line)
+  if config.eval.sample_tokens and not can_generate(config.model):
+    print(
+      f"note: no samples: router {config.model.moe.router!r} looks at later "
+      "tokens and cannot generate; validation losses look at them too"
+    )
   split = {axis: getattr(config.parallel, axis) for axis in ParallelConfig.AXES}
   if config.parallel.num_devices > 1:
     names = (f"{axis}={ways}" for axis, ways in split.items() if ways > 1)

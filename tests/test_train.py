@@ -328,3 +328,13 @@ def test_bad_requests_of_a_run(
   error = capsys.readouterr().err
   assert message in error
   assert error.count("\n") == 1
+
+
+def test_a_router_that_cannot_generate_trains_without_samples(place):
+  """It failed at the first evaluation, and again after each restart."""
+  router = "expert_choice(k=2,group_size=32)"
+  done = train(place, "ahead", f"--config.model.moe.router={router}")
+  assert done.returncode == 0, done.stderr
+  assert "note: no samples: router" in done.stdout
+  assert len(lines(place / "ahead", "eval.jsonl")) == 3
+  assert not (place / "ahead" / "samples.jsonl").exists()

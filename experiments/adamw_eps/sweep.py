@@ -13,5 +13,5 @@ def get_sweep():
     points=grid(
       {"optimizer.eps": {"eps_1e-8": 1e-8, "eps_1e-6": 1e-6, "eps_1e-5": 1e-5}}
     ),
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
   )

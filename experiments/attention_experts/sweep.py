@@ -16,7 +16,8 @@ def get_sweep():
       "attention_experts": {"model.pattern": ("moa/moe",)},
     },
     common={
-      "train.num_steps": 200, "model.qk_norm": "none", "model.num_kv_heads": 2,
+      "train.num_steps": 200, "eval.sample_tokens": 0,
+      "model.qk_norm": "none", "model.num_kv_heads": 2,
       "model.moe.router": "top_k(k=2, renormalize=True)",
     },
     seeds=(0, 1, 2),

@@ -14,6 +14,6 @@ def get_sweep():
       "decayed": {"optimizer.no_decay": ()},
       "not_decayed": {"optimizer.no_decay": ("scale",)},
     },
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
     seeds=(0, 1, 2),
   )

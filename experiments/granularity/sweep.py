@@ -20,5 +20,5 @@ def get_sweep():
   return Sweep(
     config="../../configs/tiny.py",
     points=points,
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
   )

@@ -11,6 +11,6 @@ def get_sweep():
   return Sweep(
     config="../../configs/tiny.py",
     points={"cut": {"model.init_cut": 3.0}, "normal": {"model.init_cut": 0.0}},
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
     seeds=(0, 1, 2),
   )

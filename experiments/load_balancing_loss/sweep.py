@@ -19,6 +19,6 @@ def get_sweep():
         "loss.load_balance_scope": "sequence",
       },
     },
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
     baseline="global",
   )

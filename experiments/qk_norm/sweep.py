@@ -18,5 +18,5 @@ def get_sweep():
         "optimizer.learning_rate": {"lr_3e-3": 3e-3, "lr_2e-2": 2e-2},
       }
     ),
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
   )

@@ -37,6 +37,10 @@ def get_sweep():
   return Sweep(
     config="../../configs/tiny.py",
     points=points,
-    common={"train.num_steps": 150, "train.batch_size": 4},
+    common={
+      "train.num_steps": 150,
+      "eval.sample_tokens": 0,
+      "train.batch_size": 4,
+    },
     baseline="top_k",
   )

@@ -11,7 +11,7 @@ def get_sweep():
   return Sweep(
     config="../../configs/tiny.py",
     points={"none": {"loss.router_z": 0.0}, "z_loss": {"loss.router_z": 0.001}},
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
     seeds=(0, 1, 2),
     baseline="z_loss",
   )

@@ -20,6 +20,9 @@ def get_sweep():
         "model.moe.num_shared_experts": 1,
       },
     },
-    common={"train.num_steps": 200, "model.moe.d_expert": 64},
+    common={
+      "train.num_steps": 200, "eval.sample_tokens": 0,
+      "model.moe.d_expert": 64,
+    },
     seeds=(0, 1, 2),
   )  # fmt: skip

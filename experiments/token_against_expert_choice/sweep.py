@@ -18,7 +18,7 @@ def get_sweep():
         "loss.load_balance": 0.0,  # it is balanced as it is
       },
     },
-    common={"train.num_steps": 200},
+    common={"train.num_steps": 200, "eval.sample_tokens": 0},
     seeds=(0, 1, 2),
     baseline="token_choice",
   )

@@ -19,7 +19,8 @@ def get_sweep():
       "upcycled_noise": {"train.init_from": f"{start}/noise"},
     },
     common={
-      "train.num_steps": 200, "model.moe.d_expert": 256,
+      "train.num_steps": 200, "eval.sample_tokens": 0,
+      "model.moe.d_expert": 256,
       "model.moe.router": "top_k(k=2, renormalize=True)",
     },
   )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.errors import DataError
+from moejax.generate import can_generate
 from moejax.report.rundata import RunData, Table, load_run_data
 from moejax.report.series import smooth
 from moejax.sweep.spec import PlannedRun, Sweep
@@ -88,6 +89,11 @@ class PointResult:
     """Final loss by seed, of the runs that have one."""
     found = {r.planned.seed: r.final_loss for r in self.runs}
     return {seed: loss for seed, loss in found.items() if np.isfinite(loss)}
+
+  @property
+  def looks_ahead(self) -> bool:
+    """Whether its losses are of a model that sees later tokens."""
+    return not can_generate(self.runs[0].planned.config.model)
 
   def mean(self, of) -> float:
     """Mean over the runs that have the number."""

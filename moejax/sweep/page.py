@@ -12,7 +12,7 @@ from moejax.report.page import card, document, escape
 from moejax.sweep.charts import COLOURS, make_charts
 from moejax.sweep.compare import Comparison, PointResult
 from moejax.sweep.state import DONE
-from moejax.sweep.table import cell, columns
+from moejax.sweep.table import cell, columns, footnote
 
 PAGE = "index.html"
 
@@ -72,6 +72,7 @@ def _table(comparison: Comparison, workdir: Path) -> str:
     f"<li><b>{escape(c.heading)}</b>: {escape(c.explanation)}</li>"
     for c in shown
   )
+  star = f'<p class="note">{escape(footnote(comparison))}</p>'
   return (
     '<section class="card compared"><div class="scroll"><table id="points">'
     f'<thead><tr><th tabindex="0">point</th>{heads}<th class="number" '
@@ -80,7 +81,7 @@ def _table(comparison: Comparison, workdir: Path) -> str:
     '<p class="note">Best final loss first; a click on a heading sorts, '
     "pointing at a row picks out its curves. <code>moejax report"
     " POINT/seed_N</code> draws one run, <code>moejax sweep --compare</code> "
-    "then links it here.</p>"
+    f"then links it here.</p>{star}"
     f"<details><summary>What the columns are</summary><ul>{notes}</ul>"
     "</details></section>"
   )
@@ -104,10 +105,11 @@ def _row(
     for run in point.runs
     if (workdir / run.planned.name / "report").is_dir()
   )
+  star = "*" * point.looks_ahead
   kind = ' class="reference"' if point.name == comparison.reference else ""
   return (
     f'<tr data-point="{escape(point.name)}"{kind}><td data-sort='
-    f'"{escape(point.name)}">{mark}<b>{escape(point.name)}</b></td>{cells}'
+    f'"{escape(point.name)}">{mark}<b>{escape(point.name)}</b>{star}</td>{cells}'
     f'<td class="number" data-sort="{len(point.losses)}">{done}'
     f'<span class="links" title="reports by seed"> {links}</span></td></tr>'
   )

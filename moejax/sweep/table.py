@@ -107,8 +107,18 @@ def as_rows(comparison: Comparison) -> list[list[str]]:
   for point in comparison.ranked():
     cells = [cell(comparison, column, point) for column in shown]
     done = f"{len(point.losses)}/{len(point.runs)}"
-    rows.append([point.name, *cells, done])
+    rows.append([point.name + "*" * point.looks_ahead, *cells, done])
   return rows
+
+
+def footnote(comparison: Comparison) -> str:
+  """What the star behind some names means; empty without one."""
+  if not any(point.looks_ahead for point in comparison.points):
+    return ""
+  return (
+    "* its router looks at later tokens: its loss is no language model's, and "
+    "it cannot generate"
+  )
 
 
 def as_text(comparison: Comparison) -> str:
@@ -122,7 +132,8 @@ def as_text(comparison: Comparison) -> str:
     ).rstrip()
     for row in rows
   ]
-  return "\n".join([comparison.title, *lines])
+  note = footnote(comparison)
+  return "\n".join([comparison.title, *lines, *([note] if note else [])])
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -130,7 +141,9 @@ def as_markdown(comparison: Comparison) -> str:
   first, *rest = as_rows(comparison)
   line = lambda cells: f"| {' | '.join(cells)} |"
   rule = "|".join(["", "---", *["---:"] * (len(first) - 1), ""])
-  return "\n".join([line(first), rule, *map(line, rest)]) + "\n"
+  note = footnote(comparison).replace("*", "\\*")
+  lines = [line(first), rule, *map(line, rest)]
+  return "\n".join(lines + (["", note] if note else [])) + "\n"
 
 
 def write_tables(comparison: Comparison, workdir: Path) -> None:

@@ -111,6 +111,22 @@ def test_the_page_escapes_and_links_nothing(comparison):
   }  # fmt: skip
 
 
+def test_a_router_that_looks_ahead_is_marked(comparison, tmp_path):
+  result, _ = comparison
+  model = {"moe": {"router": "expert_choice(k=8, group_size=64)"}}
+  config = Config.from_dict({
+    "train": {"num_steps": STEPS}, "model": model,
+    "optimizer": {"schedule": {"warmup": 1.0}},
+  })  # fmt: skip
+  write_run(tmp_path / "ahead" / "seed_0", config, 1.0, 9.0)
+  sweep = Sweep(config="x.py", points={"ahead": {}}, seeds=(0,))
+  found = compare(sweep, [PlannedRun("ahead", 0, config)], tmp_path)
+  assert as_rows(found)[1][0] == "ahead*"
+  assert "looks at later tokens" in as_markdown(found)
+  assert "looks at later tokens" in write_page(found, tmp_path).read_text()
+  assert "later tokens" not in as_markdown(result)
+
+
 def test_nothing_to_compare(tmp_path):
   sweep = Sweep(config="x.py", points={"a": {}})
   config = Config()
