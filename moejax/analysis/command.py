@@ -138,7 +138,9 @@ def _facts(
   k = np.mean(total.chosen_LE.sum(1) / total.tokens)
   steps = f"step {last.step:,}"
   if len(surveys) > 1:
-    steps += f", compared with {', '.join(map(str, checkpoints[:-1]))}"
+    one_run = len({checkpoint.folder for checkpoint in checkpoints}) == 1
+    others = [f"{c.step:,}" if one_run else str(c) for c in checkpoints[:-1]]
+    steps += f", compared with {', '.join(others)}"
   domains = ", ".join(
     f"{name} {format_count(tally.tokens)}"
     for name, tally in last.domains.items()

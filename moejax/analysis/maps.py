@@ -210,6 +210,8 @@ def _expert_maps(
 
   shape = (len(panels), 1) if narrow else (1, len(panels))
   axes = figure.subplots(*shape, squeeze=False).ravel()
+  if engine := figure.get_layout_engine():  # not of a part of a figure
+    engine.set(h_pad=0.08)  # square maps shrink, and labels leave the picture
   low, middle, high = scale
   middle = min(max(middle, low + 1e-9), high - 1e-9)
   for ax, name, (experts, values) in zip(axes, names, panels):

@@ -88,6 +88,7 @@ pre { font: 13px/1.5 var(--mono); margin: 4px 0 0; padding: 12px 14px;
   overflow-y: auto; }
 pre .prompt { color: var(--soft); }
 .lead { color: var(--soft); margin: -8px 0 14px; }
+.cards + .lead { margin-top: 14px; }
 footer { color: var(--soft); font-size: 12.5px; margin-top: 40px; }
 @media (max-width: 1000px) {
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); }

@@ -2,6 +2,7 @@
 """Whether the points of a sweep can be built, before the first one runs."""
 
 from moejax import data as data_lib
+from moejax import runs
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.models import build
@@ -27,6 +28,8 @@ def check_points(planned: list[PlannedRun]) -> None:
         if repr(config.data) not in opened:
           _open_data(config)
           opened.add(repr(config.data))
+        if config.train.init_from:
+          runs.read_config(config.train.init_from)
       except UserError as e:
         wrong[point] = str(e)
       bar.advance()

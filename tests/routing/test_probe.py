@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong routers are told before they train; right ones pass, all of them."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -44,6 +47,12 @@ def model_of(router):
 
 def test_there_is_an_example_of_each():
   assert sorted(EXAMPLES) == routers_of(routing)
+
+
+def test_the_page_of_routers_has_each():
+  page = Path(__file__).parents[2] / "docs" / "routers.md"
+  found = re.findall(r"^\| `(\w+)` \|", page.read_text(), re.MULTILINE)
+  assert sorted(found) == sorted(EXAMPLES)
 
 
 @pytest.mark.parametrize("text", EXAMPLES.values(), ids=EXAMPLES)

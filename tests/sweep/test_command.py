@@ -231,6 +231,7 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--seeds=a"], "--seeds=a must be like 0,1,2"),
     (["--task=4"], "--task=4 is not in [0, 3]"),
     (["--config.model.moe.num_experts=1"], "use k <= 1"),
+    (["--config.train.init_from=gone"], "gone is not the folder of a run"),
     (["--config.data.seq_len=64"], "two, one: no token store"),
     (["--sweep=sweep.py:beyond"], "odd: model.moe.router: odd has no router"),
     (["--jobs=0"], "--jobs=0 must be at least 1"),
