@@ -147,9 +147,10 @@ def load_balance(stats: RouterStats, scope: str) -> Array:
   """Load-balancing loss; 1 at perfect balance, E if one expert takes all.
 
   Per layer E * sum_e f_e P_e, with f the share of assignments (as the router
-  chose, before any capacity) and P the mean probability of expert e, then the
-  mean over layers: the form of Switch (Fedus et al. 2021, arXiv:2101.03961)
-  that OLMoE and DBRX train with. Gradient flows through P.
+  chose, before any capacity; by its scores alone, where a bias chooses) and P
+  the mean probability of expert e, then the mean over layers: the form of
+  Switch (Fedus et al. 2021, arXiv:2101.03961) that OLMoE and DBRX train with.
+  Gradient flows through P.
 
   Args:
     stats: sums stacked [L, B, ...].

@@ -171,3 +171,102 @@ def test_router_losses_as_a_sum_over_routers_are_l_times_their_mean():
   np.testing.assert_allclose(total - 2.0, L * (mean - 2.0), rtol=1e-6)
   assert mean_terms["loss/balance"] == sum_terms["loss/balance"]
   assert mean_terms["loss/router_z"] == sum_terms["loss/router_z"]
+
+
+def test_router_terms_against_plain_sums():
+  """Values and gradients in float64, by finite differences of a loop."""
+  L, B, T, E, k = 2, 3, 5, 4, 2
+  draw = np.random.default_rng(3)
+  logits = draw.standard_normal((L, B, T, E))
+  mask = draw.random((B, T)) < 0.8
+
+  def by_hand(logits):
+    terms = {"sequence_balance": [], "mutual_information": [], "entropy": []}
+    for layer in logits:
+      prob = np.exp(layer)
+      prob /= prob.sum(-1, keepdims=True)
+      tokens = [(b, t) for b in range(B) for t in range(T) if mask[b, t]]
+      mean = sum(prob[at] for at in tokens) / len(tokens)
+      entropy = sum(-(prob[at] * np.log(prob[at])).sum() for at in tokens)
+      terms["entropy"].append(entropy / len(tokens))
+      terms["mutual_information"].append(
+        (mean * np.log(mean)).sum() + entropy / len(tokens)
+      )
+      balance = 0.0
+      for b in range(B):
+        mine = [prob[at] for at in tokens if at[0] == b]
+        share = np.zeros(E)
+        for p in mine:
+          share[np.argsort(-p)[:k]] += 1 / (k * len(mine))
+        weight = len(mine) / len(tokens)
+        balance += weight * E * (share * sum(mine) / len(mine)).sum()
+      terms["sequence_balance"].append(balance)
+    return {name: np.mean(values) for name, values in terms.items()}
+
+  def ours(logits):
+    layers = [
+      RouterStats.of(
+        top_k(x.reshape(B * T, E), jnp.asarray(mask).reshape(-1), k=k),
+        jnp.asarray(mask),
+      )
+      for x in logits
+    ]
+    stats = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return {
+      "sequence_balance": losses.load_balance(stats, "sequence"),
+      "mutual_information": losses.mutual_information(stats),
+      "entropy": losses.router_entropy(stats),
+    }
+
+  x = jnp.asarray(logits, jnp.float32)
+  want, got = by_hand(logits), ours(x)
+  step = 1e-5
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, rtol=1e-5)
+    grad = np.asarray(jax.grad(lambda x, n=name: ours(x)[n])(x))
+    for at in [(0, 0, 0, 1), (1, 2, 3, 0), (1, 1, 1, 2), (0, 2, 4, 3)]:
+      up, down = logits.copy(), logits.copy()
+      up[at] += step
+      down[at] -= step
+      slope = (by_hand(up)[name] - by_hand(down)[name]) / (2 * step)
+      np.testing.assert_allclose(grad[at], slope, rtol=1e-3, atol=1e-6)
+
+
+def test_router_terms_at_their_named_values():
+  """As the docstrings say: balanced and sure, and no preference at all."""
+  E, T = 4, 8
+  sure = jnp.asarray(np.eye(E)[np.arange(T) % E] * 60, jnp.float32)
+  for logits, information, entropy in (
+    (sure, -np.log(E), 0.0), (jnp.zeros((T, E)), 0.0, np.log(E))
+  ):  # fmt: skip
+    mask = jnp.ones((1, T), bool)
+    routing = top_k(logits, mask.reshape(-1), k=1)
+    stats = jax.tree.map(lambda x: x[None], RouterStats.of(routing, mask))
+    np.testing.assert_allclose(
+      losses.mutual_information(stats), information, atol=1e-6
+    )
+    np.testing.assert_allclose(losses.router_entropy(stats), entropy, atol=1e-6)
+    if entropy == 0:
+      np.testing.assert_allclose(
+        losses.load_balance(stats, "sequence"), 1, 1e-6
+      )
+
+
+def test_each_weight_counts_its_own_term():
+  mask = jnp.ones((2, 4), bool)
+  logits = jax.random.normal(jax.random.key(0), (8, 4))
+  routing = top_k(logits, mask.reshape(-1), k=2)
+  stats = jax.tree.map(lambda x: x[None], RouterStats.of(routing, mask))
+  sums = losses.LossSums(*(jnp.ones(()) for _ in range(4)))
+  none = {"load_balance": 0.0, "router_z": 0.0}
+  base, terms = losses.total_loss(LossConfig(**none), sums, stats)
+  assert "loss/router_entropy" not in terms
+  for name, of in (
+    ("sequence_balance", lambda: losses.load_balance(stats, "sequence")),
+    ("mutual_information", lambda: losses.mutual_information(stats)),
+    ("router_entropy", lambda: losses.router_entropy(stats)),
+  ):
+    config = LossConfig(**none, **{name: 0.5})
+    loss, terms = losses.total_loss(config, sums, stats)
+    np.testing.assert_allclose(terms[f"loss/{name}"], of(), rtol=1e-6)
+    np.testing.assert_allclose(loss - base, 0.5 * of(), rtol=1e-4)

@@ -68,7 +68,9 @@ def _rows(expert_A: Array, E: int, C: int) -> tuple[Array, Array]:
   order_A = jnp.append(sorting.order_A, A)
   assignment_C = order_A[jnp.where(filled_EC, place_EC, A).reshape(-1)]
   rank_A = sorting.place_A - jnp.append(starts_E, 0)[expert_A]
-  row_A = jnp.where(expert_A < E, expert_A * C + rank_A, E * C)
+  # Never into the next expert's buffer, should the capacity not be kept.
+  there_A = (expert_A < E) & (rank_A < C)
+  row_A = jnp.where(there_A, expert_A * C + rank_A, E * C)
   return row_A, assignment_C
 
 

@@ -190,6 +190,8 @@ def route(
   routing = router(logits_TE, tokens.mask_BT.reshape(-1), rng=keys, **asked)
   routing = check_routing(routing, logits_TE, router, name)
   _check_experts_per_token(config, routing)
+  if config.moe.dispatch == "padded" and keys is not None:
+    _check_capacity(config, routing)
   routing = backends.placement.admit(routing)
   return routing, RouterStats.of(routing, tokens.mask_BT)
 
@@ -208,6 +210,14 @@ def _check_rows(
       f"model.moe.router={config.moe.router!r}: rows, or their parts on a "
       f"device, of {T} tokens are not groups of {size}; use a group_size that "
       f"divides {T}"
+    )
+
+
+def _check_capacity(config: ModelConfig, routing: Routing) -> None:
+  if not routing.capacity:
+    raise ConfigError(
+      f"model.moe.dispatch=padded needs a router with a capacity (switch, "
+      f"recycle, expert_choice); {config.moe.router!r} has none: use ragged"
     )
 
 

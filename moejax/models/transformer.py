@@ -188,7 +188,13 @@ def describe_backends(model: Transformer, seq_len: int) -> list[str]:
     head_dim=cfg.head_dim, dtype=jnp.dtype(cfg.dtype),
     parts=query_parts(backends.placement, cfg.num_kv_heads),
   )  # fmt: skip
-  return [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
+  lines = [f"grouped matmul: {matmul}", f"attention: {name} ({reason})"]
+  if cfg.moe.dispatch == "padded":
+    lines.append(
+      "dispatch: padded; ragged in evaluation, which knows no capacity, and "
+      "for outputs of attention experts"
+    )
+  return lines
 
 
 @functools.partial(jax.jit, static_argnums=0)

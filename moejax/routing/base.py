@@ -37,9 +37,14 @@ class Routing:
     weight_A: float32, combine weight, the router's gradient path.
     logits_TE: float32, for losses and metrics.
     prob_TE: shares of the experts that the balancing loss works on, summing to
-      1 and carrying gradient; None is the softmax of the logits.
+      1 and carrying gradient; None is the softmax of the logits. Null experts
+      follow the others.
     wanted_A: where a capacity may send an assignment elsewhere, the expert that
-      the router chose, for the balancing loss; None is `expert_A`.
+      the router chose; None is `expert_A`.
+    counted_A: the expert that the balancing loss counts, where that is another
+      one; null experts are E, E + 1, ...; None is `wanted_A`.
+    null_TN: logits of null experts, which tokens may choose in place of others;
+      they share the softmax and their load. None is for none.
     unused_A: True for assignments that go nowhere because the token needs no
       more experts, which are not dropped; None is for none.
     experts_per_token: X if assignment `a` belongs to token `a // X`, else 0.
@@ -54,6 +59,8 @@ class Routing:
   logits_TE: Array
   prob_TE: Array | None = None
   wanted_A: Array | None = None
+  counted_A: Array | None = None
+  null_TN: Array | None = None
   unused_A: Array | None = None
   experts_per_token: int = flax.struct.field(pytree_node=False, default=0)
   capacity: int = flax.struct.field(pytree_node=False, default=0)
@@ -61,6 +68,13 @@ class Routing:
   @property
   def num_experts(self) -> int:
     return self.logits_TE.shape[-1]
+
+  @property
+  def all_logits_TE(self) -> Array:
+    """Those of null experts behind the others'."""
+    if self.null_TN is None:
+      return self.logits_TE
+    return jnp.concatenate([self.logits_TE, self.null_TN], axis=-1)
 
   @classmethod
   def from_token_choice(
@@ -142,7 +156,7 @@ def check_routing(
     )
   A = routing.token_A.shape
   lists = {"expert_A": routing.expert_A, "weight_A": routing.weight_A}
-  for field in ("wanted_A", "unused_A"):
+  for field in ("wanted_A", "counted_A", "unused_A"):
     if getattr(routing, field) is not None:
       lists[field] = getattr(routing, field)
   if len(A) != 1 or any(x.shape != A for x in lists.values()):
@@ -156,6 +170,11 @@ def check_routing(
     raise ConfigError(
       f"{where}: logits_TE of its Routing is {routing.logits_TE.shape}, not "
       f"{logits_TE.shape} as it was given"
+    )
+  all_TE = routing.all_logits_TE.shape
+  if routing.prob_TE is not None and routing.prob_TE.shape != all_TE:
+    raise ConfigError(
+      f"{where}: prob_TE is {routing.prob_TE.shape}, not {all_TE}"
     )
   X, T = routing.experts_per_token, logits_TE.shape[0]
   if X and A != (X * T,):

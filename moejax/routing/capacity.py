@@ -5,6 +5,9 @@ Tokens share places in groups, neighbours in the batch, so that results do not
 depend on how a batch is split, as long as a group lies within a row.
 """
 
+import fractions
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +19,7 @@ Array = jax.Array
 def places_of_group(
   capacity_factor: float, group_size: int, k: int, E: int
 ) -> int:
-  """`ceil(capacity_factor * group_size * k / E)`, the places of an expert.
+  """`ceil(capacity_factor * group_size * k / E)` places, a group's at most.
 
   Raises:
     ConfigError: a factor or a group size that is not positive.
@@ -26,7 +29,9 @@ def places_of_group(
       f"model.moe.router: capacity_factor={capacity_factor} and "
       f"group_size={group_size} must be positive"
     )
-  return -int(-capacity_factor * group_size * k // E)
+  # As it is written: 1.1 is less than the nearest float.
+  factor = fractions.Fraction(str(capacity_factor))
+  return min(math.ceil(factor * group_size * k / E), group_size)
 
 
 def check_groups(T: int, group_size: int) -> None:
@@ -69,10 +74,15 @@ def limit(
       without recycling.
 
   Raises:
-    ConfigError: tokens that do not make whole groups.
+    ConfigError: tokens that do not make whole groups, or several choices that
+      shall be recycled: a token might get an expert twice.
   """
   T, X = expert_TX.shape
   check_groups(T, group_size)
+  if recycle_rng is not None and X > 1:
+    raise ConfigError(
+      f"capacity: {X} choices of a token cannot be recycled; use one, or drop"
+    )
   G = T // group_size
   by_choice = lambda x: x.reshape(G, group_size, -1).swapaxes(1, 2)
   wanted = by_choice(expert_TX).reshape(G, -1)

@@ -44,8 +44,6 @@ class Choices:
       chosen_TE = (expert_TX[..., None] == jnp.arange(E)[None, None]).any(1)
     else:
       chosen_TE = jnp.zeros((T, E + 1), bool)
-      # Null experts come after the true ones.
-      expert_A = jnp.minimum(expert_A, E)
       chosen_TE = chosen_TE.at[routing.token_A, expert_A].set(True)[:, :E]
     chosen_TE &= mask_BT.reshape(T, 1)
     prob_TE, entropy_T = shares_and_entropy(routing)

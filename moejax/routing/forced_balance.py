@@ -10,23 +10,29 @@ Array = jax.Array
 
 
 def forced_balance(
-  logits_TE: Array, mask_T: Array, *, k: int, rng: Array | None = None
+  logits_TE: Array,
+  mask_T: Array,
+  *,
+  position_T: Array,
+  k: int,
+  rng: Array | None = None,
 ) -> Routing:
-  """Sends token t to experts `t k, t k + 1, ... modulo E`, with its softmax.
+  """Sends the t-th token of a document to experts `t k, t k + 1, ... mod E`.
 
-  FOR SPEED MEASUREMENTS ONLY: what a token is plays no part, so nothing worth
+  FOR SPEED MEASUREMENTS ONLY: what a token is plays no part, so little worth
   having is learned. It takes the loads out of a comparison of kernels, meshes
-  and chips. Loads are equal up to one token, padding apart.
+  and chips. Each document's loads are equal up to its last E / k tokens.
 
   Args:
     logits_TE: float32 router logits, for the weights.
     mask_T: bool, False for padding, which goes nowhere.
+    position_T: places of the tokens in their documents.
     k: experts per token.
     rng: not used.
   """
   del rng
-  T, E = logits_TE.shape
-  first_T1 = (jnp.arange(T, dtype=jnp.int32) * k)[:, None]
+  E = logits_TE.shape[-1]
+  first_T1 = (position_T * k)[:, None]
   expert_TX = (first_T1 + jnp.arange(k, dtype=jnp.int32)[None]) % E
   prob_TE = jax.nn.softmax(logits_TE, axis=-1)
   weight_TX = jnp.take_along_axis(prob_TE, expert_TX, axis=-1)

@@ -69,7 +69,12 @@ def group_limited(
   routing = Routing.from_token_choice(
     expert_TX, scale * weight_TX, logits_TE, mask_T
   )
-  return routing.replace(prob_TE=score_TE / score_TE.sum(-1, keepdims=True))
+  _, unbiased_TX = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
+  return routing.replace(
+    prob_TE=score_TE / score_TE.sum(-1, keepdims=True),
+    # The paper's complementary loss (equation 18) knows no bias and no groups.
+    counted_A=unbiased_TX.reshape(-1).astype(jnp.int32),
+  )
 
 
 def _within_groups(

@@ -20,8 +20,11 @@ def hash_scores(E: int, seed: int, *integers_T: Array) -> Array:
 
 
 def _mix(x: Array) -> Array:
-  """Spreads each bit over all (the finalizer of MurmurHash3, Appleby 2011)."""
-  x = (x + jnp.uint32(0x9E3779B9)) ^ (x >> 16)
-  x = x * jnp.uint32(0x85EBCA6B)
+  """Spreads each bit over all: MurmurHash3's finalizer (Appleby 2011).
+
+  Of the next number, so that 0 is not kept.
+  """
+  x = x + jnp.uint32(0x9E3779B9)
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return x ^ (x >> 16)

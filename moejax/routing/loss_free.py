@@ -53,4 +53,9 @@ def loss_free(
   _, expert_TX = jax.lax.top_k(jax.lax.stop_gradient(choice_TE), k)
   weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
   routing = Routing.from_token_choice(expert_TX, weight_TX, logits_TE, mask_T)
-  return routing.replace(prob_TE=score_TE / score_TE.sum(-1, keepdims=True))
+  _, unbiased_TX = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
+  return routing.replace(
+    prob_TE=score_TE / score_TE.sum(-1, keepdims=True),
+    # A balancing loss beside the bias is of the scores alone (DeepSeek-V3).
+    counted_A=unbiased_TX.reshape(-1).astype(jnp.int32),
+  )

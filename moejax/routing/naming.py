@@ -41,6 +41,7 @@ def resolve(spec: Spec) -> Router:
     )
   router = getattr(module, name)
   _check_options(router, spec)
+  _check_types(router, spec)
   return functools.partial(router, **spec.kwargs)
 
 
@@ -64,6 +65,20 @@ def home_of(router: Router) -> str | None:
   folders = spec.submodule_search_locations
   found = folders[0] if folders else spec.origin
   return os.path.dirname(os.path.abspath(found))
+
+
+def _check_types(router: Router, spec: Spec) -> None:
+  """By the router's own annotations, where it has them."""
+  parameters = inspect.signature(router).parameters
+  for name, value in spec.kwargs.items():
+    kind = parameters[name].annotation
+    if kind is float and type(value) is int:
+      continue
+    if kind in (int, float, str, bool) and type(value) is not kind:
+      raise ConfigError(
+        f"model.moe.router: {spec.name}: {name}={value!r} must be "
+        f"{kind.__name__}, not {type(value).__name__}"
+      )
 
 
 def _check_options(router: Router, spec: Spec) -> None:

@@ -42,8 +42,7 @@ def null_experts(
   E = logits_TE.shape[-1]
   # Null experts behind the true ones.
   all_TE = jnp.concatenate([logits_TE, null_TN], axis=-1)
-  prob_TE = jax.nn.softmax(all_TE, axis=-1)
-  chosen_TX, choice_TX = jax.lax.top_k(prob_TE, k)
+  chosen_TX, choice_TX = jax.lax.top_k(jax.nn.softmax(all_TE, axis=-1), k)
   true_TX = choice_TX < E
   weight_TX = jnp.where(true_TX, chosen_TX, 0.0)
   total_T1 = weight_TX.sum(-1, keepdims=True)
@@ -51,13 +50,8 @@ def null_experts(
   routing = Routing.from_token_choice(
     jnp.where(true_TX, choice_TX, E), weight_TX, logits_TE, mask_T
   )
-  # The sum over null experts of load times their mean probability is that of
-  # their mean load times probability.
-  null_T1 = prob_TE[:, E:].mean(-1, keepdims=True)
   return routing.replace(
-    prob_TE=jnp.concatenate(
-      [prob_TE[:, :E], jnp.repeat(null_T1, num_null, axis=-1)], axis=-1
-    ),
-    wanted_A=choice_TX.reshape(-1).astype(jnp.int32),
+    null_TN=null_TN,
+    counted_A=choice_TX.reshape(-1).astype(jnp.int32),
     unused_A=~true_TX.reshape(-1),
   )

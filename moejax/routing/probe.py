@@ -33,9 +33,14 @@ _tried: set[tuple[Router, str, int]] = set()
 
 def probe_tokens(router: Router) -> int:
   """How many tokens it can be tried on: a group, if it has groups."""
-  return option(router, "group_size") if asks_for(router, "group_size") else (
-    _TOKENS
-  )  # fmt: skip
+  if not asks_for(router, "group_size"):
+    return _TOKENS
+  size = option(router, "group_size")
+  if type(size) is not int or size < 1:
+    raise ConfigError(
+      f"model.moe.router: group_size={size!r} must be a positive integer"
+    )
+  return size
 
 
 def probe(router: Router, num_experts: int, name: str) -> None:
@@ -51,8 +56,9 @@ def probe(router: Router, num_experts: int, name: str) -> None:
 
   Raises:
     ConfigError: experts or tokens that do not exist, weights that are not
-      finite, padding that is sent to experts, or choices that depend on later
-      tokens without the mark `non_causal`.
+      finite, shares that are none, more tokens than the capacity, padding that
+      is sent to experts, or choices that in evaluation depend on later tokens
+      without the mark `non_causal`.
   """
   if (tried := (bare(router), name, num_experts)) in _tried:
     return
@@ -134,6 +140,22 @@ def _check_values(
     )
   if not np.isfinite(routing.weight_A).all():
     raise ConfigError(f"{where}: weight_A has numbers that are not finite")
+  for field in ("wanted_A", "counted_A"):
+    found_A = getattr(routing, field)
+    if found_A is not None and (found_A < 0).any():
+      raise ConfigError(f"{where}: {field} has experts below 0")
+  if routing.prob_TE is not None:
+    sums_T = routing.prob_TE.sum(-1)
+    if not np.allclose(sums_T, 1.0, atol=1e-3):
+      raise ConfigError(
+        f"{where}: prob_TE must be shares that sum to 1, not to "
+        f"{sums_T.min():.3g} to {sums_T.max():.3g}"
+      )
+  most = np.bincount(expert_A, minlength=E + 1)[:E].max()
+  if routing.capacity and most > routing.capacity:
+    raise ConfigError(
+      f"{where}: capacity={routing.capacity}, but an expert has {most} tokens"
+    )
   if (expert_A[~mask_T[token_A]] < E).any():
     raise ConfigError(
       f"{where}: sends padding to experts; where mask_T is False, expert_A "

@@ -8,6 +8,7 @@ BASE layers (Lewis et al. 2021, arXiv:2103.16716).
 import jax
 import jax.numpy as jnp
 
+from moejax.errors import ConfigError
 from moejax.routing.base import Routing
 from moejax.routing.capacity import check_groups
 
@@ -44,26 +45,30 @@ def sinkhorn(
     rng: not None in training.
 
   Raises:
-    ConfigError: tokens that do not make whole groups.
+    ConfigError: tokens that do not make whole groups, or no iteration.
   """
   T, E = logits_TE.shape
-  prob_TE = jax.nn.softmax(logits_TE, axis=-1)
-  choice_TE = prob_TE
+  if iterations < 1:
+    raise ConfigError(
+      f"model.moe.router: iterations={iterations} must be positive"
+    )
+  choice_TE = jax.lax.stop_gradient(logits_TE)
   if rng is not None:
     check_groups(T, group_size)
     plan = lambda logits, mask: balanced_plan(logits, mask, iterations)
     choice_TE = jax.vmap(plan)(
-      logits_TE.reshape(-1, group_size, E), mask_T.reshape(-1, group_size)
+      choice_TE.reshape(-1, group_size, E), mask_T.reshape(-1, group_size)
     ).reshape(T, E)
-  _, expert_TX = jax.lax.top_k(jax.lax.stop_gradient(choice_TE), k)
+  _, expert_TX = jax.lax.top_k(choice_TE, k)
+  prob_TE = jax.nn.softmax(logits_TE, axis=-1)
   weight_TX = jnp.take_along_axis(prob_TE, expert_TX, axis=-1)
   return Routing.from_token_choice(expert_TX, weight_TX, logits_TE, mask_T)
 
 
 def balanced_plan(logits_TE: Array, mask_T: Array, iterations: int) -> Array:
-  """Logarithms of the plan: columns sum to 1/E, rows nearly to 1/T, as logits.
+  """The plan's logarithms: real tokens' rows sum to one over their number.
 
-  Padding has rows of -1e30.
+  Columns sum to 1/E, the better the more iterations; padding has -1e30.
   """
   logits_TE = jnp.where(mask_T[:, None], logits_TE, _NEVER)
   per_token = -jnp.log(jnp.maximum(mask_T.sum(), 1).astype(jnp.float32))
@@ -78,4 +83,6 @@ def balanced_plan(logits_TE: Array, mask_T: Array, iterations: int) -> Array:
   # From the data, so that devices may each have their own.
   start_E = logits_TE[0] * 0.0
   of_expert_E = jax.lax.fori_loop(0, iterations, scale, start_E)
-  return logits_TE + of_expert_E[None]
+  plan_TE = logits_TE + of_expert_E[None]
+  rows_T1 = jax.nn.logsumexp(plan_TE, axis=1, keepdims=True)
+  return jnp.where(mask_T[:, None], plan_TE - rows_T1 + per_token, _NEVER)

@@ -22,8 +22,8 @@ class RouterStats:
 
   Attributes:
     count_BE: assignments to each expert.
-    wanted_BE: the same, as the router chose before any capacity; null experts
-      included, as in `prob_BE`.
+    wanted_BE: the same, as the balancing loss counts them: before any capacity,
+      null experts included as in `prob_BE`, each with their mean.
     prob_BE: sum of probabilities of each expert, the softmax or what the router
       says; carries gradient.
     z_B: sum of squared logsumexp of the logits; carries gradient.
@@ -49,7 +49,7 @@ class RouterStats:
     B, T = mask_BT.shape
     E = routing.num_experts
     prob_TE, entropy_T = shares_and_entropy(routing)
-    lse_T = jax.nn.logsumexp(routing.logits_TE, axis=-1)
+    lse_T = jax.nn.logsumexp(routing.all_logits_TE, axis=-1)
 
     def per_row(x):
       by_row = x.reshape(B, T, -1)
@@ -70,8 +70,11 @@ class RouterStats:
       return sums[:, :number]
 
     count_BE = wanted_BE = counts(routing.expert_A, E)
-    if routing.wanted_A is not None:
-      wanted_BE = counts(routing.wanted_A, prob_TE.shape[-1])
+    if routing.counted_A is not None:
+      wanted_BE = counts(routing.counted_A, prob_TE.shape[-1])
+      wanted_BE = _evened(wanted_BE, E)
+    elif routing.wanted_A is not None:
+      wanted_BE = counts(routing.wanted_A, E)
     return cls(
       count_BE=count_BE,
       wanted_BE=wanted_BE,
@@ -84,10 +87,22 @@ class RouterStats:
     )
 
 
+def _evened(count_BE: Array, E: int) -> Array:
+  """Null experts, those beyond E, do the same and so share their load."""
+  null_BE = count_BE[:, E:]
+  if not null_BE.size:
+    return count_BE
+  mean_B1 = null_BE.mean(1, keepdims=True)
+  return count_BE.at[:, E:].set(jnp.broadcast_to(mean_B1, null_BE.shape))
+
+
 def shares_and_entropy(routing: Routing) -> tuple[Array, Array]:
-  """Shares [T, E] that the balancing loss works on, and entropies in nats."""
+  """Shares that the balancing loss works on, and their entropies in nats.
+
+  Null experts' shares stand behind the others'.
+  """
   if routing.prob_TE is None:
-    log_prob_TE = jax.nn.log_softmax(routing.logits_TE, axis=-1)
+    log_prob_TE = jax.nn.log_softmax(routing.all_logits_TE, axis=-1)
     prob_TE = jnp.exp(log_prob_TE)
   else:
     prob_TE = routing.prob_TE

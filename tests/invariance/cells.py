@@ -37,7 +37,10 @@ ANY = "tests.invariance.routers.any_of(k=2)"
 EXPERT_CHOICE = "expert_choice(k=2, group_size=16)"
 # Its capacity is known when the program is traced, as buffers need it.
 SWITCH = "switch(k=2, group_size=16)"
-TERMS = ("loss/total", "loss/balance", "loss/router_z")
+TERMS = (
+  "loss/total", "loss/balance", "loss/router_z", "loss/sequence_balance",
+  "loss/mutual_information", "loss/router_entropy",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,11 @@ class Cell:
           "dispatch": self.dispatch, "num_shared_experts": 1,
         },
       },
-      "loss": {"load_balance": 0.3, "router_z": 0.2, "z_loss": 0.01},
+      "loss": {
+        "load_balance": 0.3, "router_z": 0.2, "z_loss": 0.01,
+        "sequence_balance": 0.1, "mutual_information": 0.1,
+        "router_entropy": 0.1,
+      },
       "data": {"seq_len": T},
       "train": {"batch_size": B, "accumulation_steps": self.accumulation},
       "parallel": MESHES[self.mesh] | {"exchange": self.exchange},

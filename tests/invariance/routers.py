@@ -99,21 +99,27 @@ def _filled_up(given: Routing) -> Routing:
   pad = lambda x, fill: jnp.pad(
     x.reshape(T, -1), ((0, 0), (0, missing)), constant_values=fill
   ).reshape(-1)
-  wanted_A, unused_A = given.wanted_A, given.unused_A
-  if wanted_A is None:
-    wanted_A = jnp.where(given.expert_A < E, given.expert_A, E + NULLS)
+  unused_A, counted_A = given.unused_A, given.counted_A
+  wanted_A = given.expert_A if given.wanted_A is None else given.wanted_A
+  if counted_A is None:
+    counted_A = jnp.where(wanted_A < E, wanted_A, E + NULLS)
   if unused_A is None:
     unused_A = jnp.zeros(given.expert_A.shape, bool)
   prob_TE = given.prob_TE
   if prob_TE is None:
-    prob_TE = jax.nn.softmax(given.logits_TE)
+    prob_TE = jax.nn.softmax(given.all_logits_TE)
+  null_TN = given.null_TN
+  if null_TN is None:  # as if there were none
+    null_TN = jnp.full((T, NULLS), -1e9)
   return Routing(
     token_A=jnp.repeat(jnp.arange(T, dtype=jnp.int32), X),
     expert_A=pad(given.expert_A, E),
     weight_A=pad(given.weight_A, 0.0),
     logits_TE=given.logits_TE,
     prob_TE=jnp.pad(prob_TE, ((0, 0), (0, E + NULLS - prob_TE.shape[1]))),
-    wanted_A=pad(wanted_A.astype(jnp.int32), E + NULLS),
+    wanted_A=pad(wanted_A.astype(jnp.int32), E),
+    counted_A=pad(counted_A.astype(jnp.int32), E + NULLS),
+    null_TN=null_TN,
     unused_A=pad(unused_A, True),
     experts_per_token=X,
   )

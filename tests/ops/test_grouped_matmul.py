@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moejax.ops.grouped_matmul import (
+  batched,
   choose_backend,
   cpu,
   cpu_ffi,
@@ -314,3 +315,27 @@ def test_describe_names_every_backend():
     "tpu",
     "gpu",
   ]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", ["even", "one_expert"])
+def test_groups_of_one_size_are_a_batched_product(case, dtype):
+  """What a TPU or GPU computes where sizes are NumPy's and all the same."""
+  lhs, rhs, sizes, d_out = inputs(case, dtype)
+  out, d_lhs, d_rhs = oracle(lhs, rhs, sizes, d_out)
+  given = [jnp.asarray(x, dtype) for x in (lhs, rhs, d_out)]
+  tolerance = 1e-6 if dtype == jnp.float32 else 5e-3
+  assert_close(batched.gmm(given[0], given[1], sizes), out, tolerance)
+  got = batched.gmm_transposed(given[2], given[1], sizes)
+  assert_close(got, d_lhs, tolerance)
+  got = batched.tgmm(given[0], given[2], sizes, jnp.float32)
+  assert_close(got, d_rhs, 1e-6)
+
+
+def test_when_sizes_fit_a_batched_product():
+  even = np.full(4, 8, np.int32)
+  assert batched.fits("tpu", 32, even) and batched.fits("gpu", 32, even)
+  assert not batched.fits("cpu", 32, even)  # BLAS is as fast
+  assert not batched.fits("tpu", 33, even)  # rows beyond
+  assert not batched.fits("tpu", 32, np.array([7, 9, 8, 8], np.int32))
+  assert not batched.fits("tpu", 32, jnp.asarray(even))  # not known yet

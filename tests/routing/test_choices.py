@@ -12,6 +12,7 @@ from moejax.routing import (
   RouterStats,
   attention_heads,
   forced_balance,
+  group_limited,
   hash_tokens,
   loss_free,
   noisy_top_k,
@@ -220,7 +221,7 @@ def test_forced_balance_is_balanced_whatever_the_logits():
   n = 4 * E
   routing = forced_balance(
     jnp.asarray(DRAW.standard_normal((n, E)) * 9, jnp.float32),
-    jnp.ones(n, bool), k=K,
+    jnp.ones(n, bool), k=K, position_T=jnp.arange(n),
   )  # fmt: skip
   np.testing.assert_array_equal(np.bincount(routing.expert_A), n * K // E)
   rows = np.asarray(routing.expert_A).reshape(n, K)
@@ -257,6 +258,48 @@ def test_null_experts_renormalise_over_the_true_ones():
   metrics = router_metrics(jax.tree.map(lambda x: x[None], stats))
   assert metrics["router/dropped"] == 0
   np.testing.assert_allclose(metrics["router/unrouted"], none / MASK.sum())
+
+
+def test_null_experts_share_the_softmax_in_all_sums():
+  """Entropy and z are of all logits, not of the true experts' alone."""
+  null = nulls()
+  null[:, 0] = 30.0
+  routing = null_experts(
+    jnp.asarray(LOGITS), jnp.asarray(MASK), k=K, num_null=N,
+    null_TN=jnp.asarray(null),
+  )  # fmt: skip
+  stats = RouterStats.of(routing, jnp.asarray(MASK)[None])
+  rows = np.concatenate([LOGITS, null], axis=1)[MASK].astype(np.float64)
+  lse = np.log(np.exp(rows).sum(1))
+  np.testing.assert_allclose(stats.z_B[0], (lse**2).sum(), rtol=1e-5)
+  assert 0 <= stats.entropy_B[0] < 1e-6
+  np.testing.assert_allclose(
+    stats.prob_BE[0], sum(map(softmax, rows)), rtol=1e-4, atol=1e-6
+  )
+
+
+@pytest.mark.parametrize("router", ["loss_free", "group_limited"])
+def test_the_loss_beside_a_bias_counts_by_scores_alone(router):
+  """DeepSeek-V3, equations 17 to 20: neither bias nor groups are in f."""
+  bias = jnp.asarray(np.linspace(0.6, -0.6, E), jnp.float32)
+  given = jnp.asarray(LOGITS), jnp.asarray(MASK)
+  if router == "loss_free":
+    routing = loss_free(*given, k=2, bias_E=bias)
+  else:
+    routing = group_limited(
+      *given, k=2, num_groups=3, topk_groups=1, bias_E=bias
+    )
+  stats = RouterStats.of(routing, given[1][None])
+  got = load_balance(jax.tree.map(lambda x: x[None], stats), "sequence")
+  score = 1 / (1 + np.exp(-LOGITS[MASK].astype(np.float64)))
+  f, P = np.zeros(E), np.zeros(E)
+  for row in score:
+    f[np.argsort(-row)[:2]] += E / (2 * MASK.sum())
+    P += row / row.sum() / MASK.sum()
+  np.testing.assert_allclose(got, (f * P).sum(), rtol=1e-5)
+  chosen = np.bincount(routing.expert_A, minlength=E + 1)[:E]
+  np.testing.assert_array_equal(stats.count_BE[0], chosen)
+  assert np.abs(chosen * E / (2 * MASK.sum()) - f).max() > 0.1
 
 
 def test_the_balancing_loss_of_null_experts_is_adamoes():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wrong routers are told before they train; right ones pass, all of them."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from moejax import routing
 from moejax.config import ModelConfig, MoEConfig
 from moejax.errors import ConfigError
-from moejax.models import build, count, init_variables
+from moejax.models import Rows, build, count, init_variables
 from moejax.routing import Routing, resolve
 from moejax.routing.naming import routers_of
 from moejax.routing.probe import probe
@@ -114,6 +115,25 @@ def float_experts(logits_TE, mask_T, *, k=1, rng=None):
   return good.replace(expert_A=good.expert_A.astype(jnp.float32))
 
 
+def over_capacity(logits_TE, mask_T, *, k=1, rng=None):
+  return routing.top_k(logits_TE, mask_T, k=1).replace(capacity=1)
+
+
+def no_shares(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(prob_TE=jnp.full(logits_TE.shape, jnp.nan))
+
+
+def shares_of_others(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(prob_TE=jnp.ones((3, 2)))
+
+
+def wanted_below(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(wanted_A=good.expert_A - 9)
+
+
 def two_of_one(logits_TE, mask_T, *, rng=None):
   return routing.top_k(logits_TE, mask_T, k=2)
 
@@ -130,6 +150,10 @@ def two_of_one(logits_TE, mask_T, *, rng=None):
     (out_of_order, "assignment a must be of token a // 1"),
     (other_logits, r"is \(16, 7\), not \(16, 8\) as it was given"),
     (float_experts, "expert_A is float32, not integers"),
+    (over_capacity, r"capacity=1, but an expert has \d+ tokens"),
+    (no_shares, "prob_TE must be shares that sum to 1, not to nan"),
+    (shares_of_others, r"prob_TE is \(3, 2\), not \(16, 8\)"),
+    (wanted_below, "wanted_A has experts below 0"),
     (two_of_one, "gives each token 2 experts, its name says k=1"),
   ],
 )
@@ -141,8 +165,6 @@ def test_what_a_router_got_wrong_is_named(router, message):
 
 def test_groups_must_lie_within_rows():
   """They would depend on how a batch is split, and no one would see it."""
-  from moejax.models import Rows
-
   config = model_of("expert_choice(k=2, group_size=8)")
   model = build(config)
   variables = init_variables(model, jax.random.key(0))
@@ -157,12 +179,39 @@ def test_groups_must_lie_within_rows():
     ("loss_free(k=2, bias_E=1)", "given its bias_E by the model; leave it out"),
     ("hash_tokens(token_T=1)", "given its token_T by the model"),
     ("noisy_top_k(k=2, noise_TE=0)", "given its noise_TE by the model"),
+    ("top_p(p='a', k=2)", "top_p: p='a' must be float, not str"),
+    ("switch(group_size=8.0)", "group_size=8.0 must be int, not float"),
+    ("loss_free(k=2, bias_rate='a')", "bias_rate='a' must be float"),
     ("top_k(k=2, renormalise=True)", "did you mean 'renormalize'. its options"),
   ],
 )
 def test_options_that_are_no_options(text, message):
   with pytest.raises(ConfigError, match=message):
     resolve(Spec.parse(text))
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("switch(group_size=0)", "group_size=0 must be a positive integer"),
+    ("expert_choice(k=2, group_size=-8)", "group_size=-8 must be a positive"),
+    ("sinkhorn(k=2, group_size=8, iterations=0)", "iterations=0 must be"),
+  ],
+)
+def test_options_that_cannot_be(text, message):
+  with pytest.raises(ConfigError, match=message):
+    init_variables(build(model_of(text)), jax.random.key(0))
+
+
+def test_padded_buffers_need_a_capacity():
+  config = model_of("top_k(k=2)")
+  moe = dataclasses.replace(config.moe, dispatch="padded")
+  model = build(dataclasses.replace(config, moe=moe))
+  variables = init_variables(model, jax.random.key(0))
+  keys = jax.random.split(jax.random.key(1), 1)
+  rows = Rows(jnp.ones((1, 4), jnp.int32), jnp.arange(4)[None], keys)
+  with pytest.raises(ConfigError, match="'top_k.k=2.' has none: use ragged"):
+    model.apply(variables, jnp.zeros((1, 4), jnp.int32), rows)
 
 
 def test_a_width_must_be_a_number():
