@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -92,9 +93,20 @@ def call_in_file(path: str, function: str) -> tuple[types.ModuleType, Any]:
 
 
 def apply_overrides(
-  config: ml_collections.ConfigDict, extra_args: list[str]
+  config: ml_collections.ConfigDict, extra_args: Sequence[str]
 ) -> None:
   """Applies `--config.a.b=value` arguments in order."""
+  for path, text in parse_overrides(extra_args).items():
+    config_lib.set_option(config, path, text)
+
+
+def parse_overrides(extra_args: Sequence[str]) -> dict[str, str]:
+  """`--config.a.b=value` arguments, each one word or two, by option.
+
+  Raises:
+    ConfigError: an argument of another form.
+  """
+  found = {}
   rest = list(extra_args)
   while rest:
     arg = rest.pop(0)
@@ -109,7 +121,8 @@ def apply_overrides(
       if not rest:
         raise ConfigError(f"--config.{path} has no value")
       value = rest.pop(0)
-    config_lib.set_option(config, path, value)
+    found[path] = value
+  return found
 
 
 def make_importable(folder: str) -> None:

@@ -4,6 +4,7 @@
 import ctypes
 import glob
 import os
+import pathlib
 
 import jax
 
@@ -23,6 +24,16 @@ def peak_flops(device: jax.Device) -> float | None:
   """Peak bf16 FLOP/s of a device; None where it is not known (CPUs)."""
   matches = [k for k in PEAK_FLOPS if device.device_kind.startswith(k)]
   return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def local_gpus() -> list[str]:
+  """NVIDIA GPUs that this process may use, by number; no driver is asked."""
+  if "CUDA_VISIBLE_DEVICES" in os.environ:
+    return [g for g in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if g]
+  folder = pathlib.Path("/proc/driver/nvidia/gpus")
+  if not folder.is_dir():
+    return []
+  return [str(i) for i in range(len(list(folder.iterdir())))]
 
 
 def keep_freed_memory() -> bool:

@@ -58,7 +58,7 @@ def final_losses(comparison: Comparison) -> Chart | None:
   points = [p for p in comparison.ranked() if p.losses]
   if not points:
     return None
-  base = np.mean(list(_point(comparison, comparison.reference).losses.values()))
+  base = comparison.point(comparison.reference).loss
 
   def draw(figure: Any, narrow: bool) -> None:
     ax = figure.subplots()
@@ -83,11 +83,10 @@ def final_losses(comparison: Comparison) -> Chart | None:
   what = "validation" if comparison.validated else "training"
   best = points[0]
   title = f"{best.name} ends lowest"
-  if len(points) > 1 and best.name != comparison.reference:
-    mean, error = comparison.difference(best)
-    if np.isfinite(mean):
-      title += f", {number(abs(mean))} below {comparison.reference}"
-      title += f" (± {number(error)})" if np.isfinite(error) else ""
+  mean, error = comparison.difference(best)
+  if best.name != comparison.reference and np.isfinite(mean):
+    title += f", {number(-mean)} below {comparison.reference}"
+    title += f" (± {number(error)})" if np.isfinite(error) else ""
   height = max(216, 70 + 26 * len(points))
   return Chart(
     "final-loss", title, f"Final {what} loss: a dot for each seed, a bar at "
@@ -121,8 +120,7 @@ def loss_curves(comparison: Comparison) -> Chart | None:
 def differences(comparison: Comparison) -> Chart | None:
   """Each point's training loss minus the reference's, batch by batch."""
   base = {
-    r.planned.seed: r.data
-    for r in _point(comparison, comparison.reference).runs
+    r.planned.seed: r.data for r in comparison.point(comparison.reference).runs
   }
   curves = {}
   for point in comparison.points:
@@ -158,7 +156,7 @@ def differences(comparison: Comparison) -> Chart | None:
 def loss_and_speed(comparison: Comparison) -> Chart | None:
   """Final loss over tokens per second."""
   found = [
-    (p, p.mean(lambda r: r.tokens_per_second), np.mean(list(p.losses.values())))
+    (p, p.mean(lambda r: r.tokens_per_second), p.loss)
     for p in comparison.points
     if p.losses
   ]
@@ -315,10 +313,6 @@ def _look(comparison: Comparison, name: str) -> tuple[str, Any]:
   place = [p.name for p in comparison.points].index(name)
   turn, colour = divmod(place, len(COLOURS))
   return COLOURS[colour], DASHES[turn % len(DASHES)]
-
-
-def _point(comparison: Comparison, name: str) -> PointResult:
-  return next(p for p in comparison.points if p.name == name)
 
 
 def _steps(comparison: Comparison) -> int:

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the points of a sweep can be built, before the first one runs."""
 
+import dataclasses
+
+import jax
+
 from moejax import data as data_lib
 from moejax import runs
-from moejax.config import Config
+from moejax.config import Config, ParallelConfig
 from moejax.errors import UserError
 from moejax.models import build
-from moejax.models.transformer import boxed_variables
 from moejax.progress import progress_bar
+from moejax.step import BATCH_KEYS, batch_sums, init_state
 from moejax.sweep.spec import PlannedRun, raise_wrong_points
 from moejax.train import load_tokenizer_of
 
 
 def check_points(planned: list[PlannedRun]) -> None:
-  """Traces each point's model, router included, and opens its data.
+  """Traces each point's model on a batch, and opens its data.
+
+  On a CPU, whatever the runs are for: kernels of their platform are not asked
+  for, and its devices are left to them.
 
   Raises:
     ConfigError: naming every point that cannot be built.
@@ -24,7 +31,7 @@ def check_points(planned: list[PlannedRun]) -> None:
   with progress_bar("checking points", len(by_point)) as bar:
     for point, config in by_point.items():
       try:
-        boxed_variables(build(config.model))
+        _trace(config)
         if repr(config.data) not in opened:
           _open_data(config)
           opened.add(repr(config.data))
@@ -34,6 +41,32 @@ def check_points(planned: list[PlannedRun]) -> None:
         wrong[point] = str(e)
       bar.advance()
   raise_wrong_points(wrong)
+
+
+def _trace(config: Config) -> None:
+  """The forward pass of training on one row of the config's length."""
+  anywhere = dataclasses.replace(
+    config.model,
+    attention="auto",
+    moe=dataclasses.replace(config.model.moe, matmul="auto"),
+  )
+  config = dataclasses.replace(
+    config,
+    model=anywhere,
+    parallel=ParallelConfig(),
+    train=dataclasses.replace(config.train, batch_size=1, accumulation_steps=1),
+    eval=dataclasses.replace(config.eval, batch_size=0),
+  )
+  model = build(config.model)
+  row = lambda kind: jax.ShapeDtypeStruct((1, config.data.seq_len), kind)
+  batch = dict.fromkeys(BATCH_KEYS, row("int32")) | {"loss_mask": row("bool")}
+
+  def forward(batch):
+    key = jax.random.key(0)
+    variables = init_state(config, model).variables
+    return batch_sums(config, model, variables, batch, key)
+
+  jax.eval_shape(forward, batch)
 
 
 def _open_data(config: Config) -> None:

@@ -10,7 +10,7 @@ from moejax.cli import make_importable
 from moejax.errors import ConfigError
 from moejax.runlock import EXIT_SAVED
 from moejax.sweep.spec import PlannedRun, Sweep, load_sweep, plan_runs
-from moejax.sweep.state import DONE, read_state, to_do
+from moejax.sweep.state import DONE, check_same, read_state, to_do
 
 
 def main(argv: list[str]) -> int:
@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.task < len(planned):
       raise ConfigError(f"--task={args.task} is not in [0, {len(planned) - 1}]")
   _leave_accelerators_alone()
+  check_same(workdir, planned)
   stopped = False
   chosen = planned if args.task is None else [planned[args.task]]
   if not args.compare:
@@ -39,8 +40,9 @@ def main(argv: list[str]) -> int:
   if stopped:
     print("stopped; the same command goes on", flush=True)
     return EXIT_SAVED
-  _compare(sweep, planned, workdir)
-  return _missing(workdir, chosen)
+  missing = _missing(workdir, chosen)
+  _compare(sweep, planned, workdir, extra)
+  return missing
 
 
 def _run(workdir: Path, planned: list[PlannedRun], jobs: int) -> bool:
@@ -62,13 +64,15 @@ def _run(workdir: Path, planned: list[PlannedRun], jobs: int) -> bool:
   return run_all(workdir, left, jobs)
 
 
-def _compare(sweep: Sweep, planned: list[PlannedRun], workdir: Path) -> None:
+def _compare(
+  sweep: Sweep, planned: list[PlannedRun], workdir: Path, extra: list[str]
+) -> None:
   """Prints the table and draws the page, of what there is."""
   from moejax.sweep.compare import compare
   from moejax.sweep.page import write_page
   from moejax.sweep.table import as_text, write_tables
 
-  comparison = compare(sweep, planned, workdir)
+  comparison = compare(sweep, planned, workdir, extra)
   print("\n" + as_text(comparison), flush=True)
   write_tables(comparison, workdir)
   print(f"comparison: {write_page(comparison, workdir)}", flush=True)

@@ -2,12 +2,15 @@
 """What came of a sweep, as numbers: one result a run, one a point."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from moejax.cli import parse_overrides
 from moejax.errors import DataError
 from moejax.generate import can_generate
+from moejax.metrics import METRICS, last_step
 from moejax.report.rundata import RunData, Table, load_run_data
 from moejax.report.series import smooth
 from moejax.sweep.spec import PlannedRun, Sweep
@@ -37,16 +40,24 @@ class RunResult:
   data: RunData | None
 
   @property
-  def final_loss(self) -> float:
-    """Validation loss at the end, nats per token; else NaN.
+  def finished(self) -> bool:
+    """Whether it has logged its last step."""
+    return self.data is not None and self.data.last_step >= self.num_steps
 
-    Without evaluations, the mean training loss of the last tenth.
-    """
-    if self.data is None or self.data.last_step < self.num_steps:
+  @property
+  def validation_loss(self) -> float:
+    """Of the evaluation after the last step; NaN without one."""
+    evaluations = Table.of([]) if self.data is None else self.data.evaluations
+    if VALIDATION not in evaluations:
       return float("nan")
-    if VALIDATION in self.data.evaluations:
-      return float(self.data.evaluations[VALIDATION][-1])
-    return self.late(LOSS)
+    last = evaluations.steps == self.num_steps
+    losses = evaluations[VALIDATION][last]
+    return float(losses[-1]) if len(losses) else float("nan")
+
+  @property
+  def training_loss(self) -> float:
+    """Mean of the last tenth of the steps, once it has finished; else NaN."""
+    return self.late(LOSS) if self.finished else float("nan")
 
   @property
   def num_steps(self) -> int:
@@ -79,16 +90,31 @@ class RunResult:
 
 @dataclasses.dataclass(frozen=True)
 class PointResult:
-  """All runs of a point."""
+  """All runs of a point.
+
+  Attributes:
+    name: of the point.
+    runs: by seed.
+    validated: whether final losses are validation losses, or training losses.
+  """
 
   name: str
   runs: tuple[RunResult, ...]
+  validated: bool
 
   @property
   def losses(self) -> dict[int, float]:
     """Final loss by seed, of the runs that have one."""
-    found = {r.planned.seed: r.final_loss for r in self.runs}
+    found = {
+      r.planned.seed: r.validation_loss if self.validated else r.training_loss
+      for r in self.runs
+    }
     return {seed: loss for seed, loss in found.items() if np.isfinite(loss)}
+
+  @property
+  def loss(self) -> float:
+    """Mean of the final losses; NaN without any."""
+    return mean_and_error(np.array(list(self.losses.values())))[0]
 
   @property
   def looks_ahead(self) -> bool:
@@ -110,7 +136,8 @@ class Comparison:
     title: of the sweep.
     points: results.
     reference: name of the point that others are compared with.
-    options: what each point sets, and what all do.
+    options: what each point sets.
+    common: what all of them set, the command line's options included.
   """
 
   title: str
@@ -121,20 +148,26 @@ class Comparison:
 
   @property
   def validated(self) -> bool:
-    """Whether final losses are of held-out text, for all runs that have one."""
-    return all(
-      VALIDATION in run.data.evaluations
-      for point in self.points
-      for run in point.runs
-      if run.data is not None and np.isfinite(run.final_loss)
-    )
+    """Whether final losses are of held-out text."""
+    return self.points[0].validated
+
+  def point(self, name: str) -> PointResult:
+    return next(p for p in self.points if p.name == name)
 
   def ranked(self) -> list[PointResult]:
-    """Best final loss first; points without one come last."""
-    loss = lambda point: point.mean(lambda r: r.final_loss)
-    return sorted(
-      self.points, key=lambda p: (not np.isfinite(loss(p)), loss(p))
-    )
+    """Best first: by the difference to the reference, seed by seed.
+
+    Then points that have no seed in common with it, by their mean loss, then
+    those without a loss.
+    """
+
+    def key(point: PointResult) -> tuple[int, float]:
+      difference, _ = self.difference(point)
+      if np.isfinite(difference):
+        return 0, difference
+      return (1, point.loss) if np.isfinite(point.loss) else (2, 0.0)
+
+    return sorted(self.points, key=key)
 
   def difference(self, point: PointResult) -> tuple[float, float]:
     """Mean and standard error of a point's loss minus the reference's.
@@ -142,7 +175,7 @@ class Comparison:
     By seed: runs of one seed see the same batches, so what the data does to
     both cancels. The error is NaN of fewer than two seeds.
     """
-    base = next(p for p in self.points if p.name == self.reference).losses
+    base = self.point(self.reference).losses
     both = sorted(set(base) & set(point.losses))
     differences = np.array([point.losses[s] - base[s] for s in both])
     return mean_and_error(differences)
@@ -153,16 +186,13 @@ class Comparison:
     By running means of the training loss, seed by seed, then the mean; NaN if a
     seed did not get there.
     """
-    base = {
-      r.planned.seed: r
-      for r in next(p for p in self.points if p.name == self.reference).runs
-    }
+    base = {r.planned.seed: r for r in self.point(self.reference).runs}
     shares = [_share(run, base[run.planned.seed]) for run in point.runs]
     return float(np.mean(shares)) if shares else float("nan")
 
 
 def _share(run: RunResult, base: RunResult) -> float:
-  if not np.isfinite([run.final_loss, base.final_loss]).all():
+  if not (run.finished and base.finished):
     return float("nan")
   steps, loss = smooth(run.data.metrics.steps, run.data.metrics[LOSS])
   _, wanted = smooth(base.data.metrics.steps, base.data.metrics[LOSS])
@@ -181,27 +211,39 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 
 def compare(
-  sweep: Sweep, planned: list[PlannedRun], workdir: Path
+  sweep: Sweep,
+  planned: list[PlannedRun],
+  workdir: Path,
+  extra_args: Sequence[str] = (),
 ) -> Comparison:
   """Reads the logs of all runs, finished or not.
 
+  Args:
+    sweep: the sweep.
+    planned: its runs.
+    workdir: where they are.
+    extra_args: the command line's options for all of them.
+
   Raises:
-    DataError: none of them has a finished step.
+    DataError: none of them has a finished step, or a log is damaged.
   """
   results: dict[str, list[RunResult]] = {name: [] for name in sweep.points}
   for run in planned:
     folder = workdir / run.name
-    try:
-      data = load_run_data(folder)
-    except DataError:
-      data = None  # has not begun, or failed before its first step
+    begun = last_step(folder / METRICS) > 0
+    data = load_run_data(folder) if begun else None
     results[run.point].append(RunResult(run, read_state(folder), data))
-  if not any(r.data for found in results.values() for r in found):
+  every = [run for found in results.values() for run in found]
+  if not any(run.data for run in every):
     raise DataError(f"{workdir} has no run with a finished step to compare")
+  # One kind of loss for all: a training loss is not to be held against others.
+  validated = all(np.isfinite(r.validation_loss) for r in every if r.finished)
   return Comparison(
     title=sweep.title,
-    points=tuple(PointResult(n, tuple(r)) for n, r in results.items()),
+    points=tuple(
+      PointResult(n, tuple(r), validated) for n, r in results.items()
+    ),
     reference=sweep.reference,
     options={n: dict(options) for n, options in sweep.points.items()},
-    common=dict(sweep.common),
+    common={**sweep.common, **parse_overrides(extra_args)},
   )

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
+from moejax.hardware import local_gpus
 from moejax.metrics import METRICS, last_step
 from moejax.progress import ProgressBar, format_seconds, progress_bar
 from moejax.runlock import PreemptionGuard
 from moejax.sweep.spec import PlannedRun
 from moejax.sweep.state import DONE, FAILED, WAITING, RunState, write_state
-from moejax.sweep.worker import LOG, Worker
+from moejax.sweep.worker import LOG, Worker, places
 
 _LOOK_EVERY = 1.0  # seconds
 
@@ -31,6 +32,7 @@ def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
   jobs = min(jobs, len(runs))
   steps = sum(run.config.train.num_steps for run in runs)
   workers: list[Worker] = []
+  free = places(jobs, local_gpus())
   with (
     PreemptionGuard() as guard,
     progress_bar("steps of all runs", steps) as bar,
@@ -42,7 +44,7 @@ def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
           for worker in workers:
             worker.stop()
         elif waiting and len(workers) < jobs:
-          workers.append(Worker(workdir, jobs))
+          workers.append(Worker(workdir, free.pop()))
         for worker in workers:
           if not worker.run and waiting and not guard.requested:
             worker.start(waiting.pop(0))
@@ -52,6 +54,7 @@ def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
           run = worker.run
           assert run is not None
           _record(workdir, run, worker.result(), progress.say)
+        free += [w.place for w in workers if not (w.alive or w.run)]
         workers = [w for w in workers if w.alive or w.run]
     finally:
       for worker in workers:

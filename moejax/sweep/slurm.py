@@ -26,11 +26,12 @@ def array_script(
   limit = f"%{jobs}" if jobs else ""
   lines = [
     "#!/bin/bash",
-    f"#SBATCH --job-name=moejax-{workdir.name}",
+    f"#SBATCH --job-name={shlex.quote(f'moejax-{workdir.name}')}",
     f"#SBATCH --array=0-{tasks - 1}{limit}",
-    f"#SBATCH --output={workdir}/slurm-%A_%a.log",
-    "#SBATCH --signal=TERM@120",  # time to save; the next submission goes on
-    *(f"#SBATCH {option}" for option in shlex.split(options)),
+    f"#SBATCH --output={shlex.quote(f'{workdir}/slurm-%A_%a.log')}",
+    # To the process below, which the shell becomes: it saves and ends.
+    "#SBATCH --signal=B:TERM@120",
+    *(f"#SBATCH {shlex.quote(option)}" for option in shlex.split(options)),
     f"cd {shlex.quote(str(Path.cwd()))}",
     f'exec {shlex.join(command)} --task="$SLURM_ARRAY_TASK_ID"',
   ]

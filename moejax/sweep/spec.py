@@ -9,7 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.cli import apply_overrides, call_in_file, load_config_file
+from moejax.cli import (
+  apply_overrides,
+  call_in_file,
+  load_config_file,
+  parse_overrides,
+)
 from moejax.config import Config, set_value
 from moejax.errors import ConfigError
 
@@ -49,8 +54,20 @@ class Sweep:
   title: str = ""
 
   def __post_init__(self):
+    if not isinstance(self.config, str):
+      raise ConfigError(f"a sweep's config={self.config!r} must be a path")
+    options = [self.points, self.common]
+    if isinstance(self.points, Mapping):
+      options += self.points.values()
+    if not all(isinstance(values, Mapping) for values in options):
+      raise ConfigError(
+        "a sweep's points are a dictionary of dictionaries, "
+        '{"name": {"option": value}}, and so is common'
+      )
     if not self.points or not self.seeds:
       raise ConfigError("a sweep needs at least one point and one seed")
+    if any("seed" in values for values in options):
+      raise ConfigError("points and common cannot set seed: give seeds")
     for name in self.points:
       if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -91,17 +108,23 @@ def grid(
   Args:
     axes: for each option its values, or values by the names that points shall
       have; without names, a point is called `option=value`.
+
+  Raises:
+    ConfigError: two points of one name.
   """
   named = [
     [(label, option, value) for label, value in _labelled(option, values)]
     for option, values in axes.items()
   ]
-  return {
-    "_".join(label for label, _, _ in chosen): {
-      option: value for _, option, value in chosen
-    }
-    for chosen in itertools.product(*named)
-  }
+  points: dict[str, dict[str, Any]] = {}
+  for chosen in itertools.product(*named):
+    name = "_".join(label for label, _, _ in chosen)
+    if name in points:
+      raise ConfigError(
+        f"grid: two points are called {name!r}; name the values"
+      )
+    points[name] = {option: value for _, option, value in chosen}
+  return points
 
 
 def load_sweep(path: str) -> Sweep:
@@ -128,7 +151,7 @@ def load_sweep(path: str) -> Sweep:
   if beside.with_name(beside.name.partition(":")[0]).is_file():
     sweep = dataclasses.replace(sweep, config=str(beside))
   if not sweep.title:
-    first = (module.__doc__ or Path(filename).parent.name).strip()
+    first = (module.__doc__ or "").strip() or Path(filename).resolve().stem
     sweep = dataclasses.replace(sweep, title=first.splitlines()[0].rstrip("."))
   return sweep
 
@@ -170,12 +193,13 @@ def raise_wrong_points(wrong: Mapping[str, str]) -> None:
 def _config(
   sweep: Sweep, point: str, seed: int, extra_args: Sequence[str]
 ) -> Config:
+  if "seed" in parse_overrides(extra_args):
+    raise ConfigError("--config.seed cannot be set for a sweep: give --seeds")
   config = load_config_file(sweep.config)
   for path, value in {**sweep.common, **sweep.points[point]}.items():
     set_value(config, path, value)
-  apply_overrides(config, list(extra_args))
-  if "seed" not in sweep.points[point]:
-    set_value(config, "seed", seed)
+  apply_overrides(config, extra_args)
+  set_value(config, "seed", seed)
   return Config.from_dict(config)
 
 
@@ -183,7 +207,5 @@ def _labelled(option: str, values: Any) -> list[tuple[str, Any]]:
   if isinstance(values, Mapping):
     return list(values.items())
   short = option.rpartition(".")[2]
-  return [
-    (f"{short}=" + re.sub(r"[^\w.+=-]+", "-", str(v)).strip("-"), v)
-    for v in values
-  ]
+  words = lambda value: "-".join(re.findall(r"[\w.+=-]+", str(value)))
+  return [(f"{short}={words(value)}", value) for value in values]

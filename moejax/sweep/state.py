@@ -62,7 +62,12 @@ def write_state(folder: Path, state: RunState) -> None:
 
 
 def to_do(workdir: Path, planned: list[PlannedRun]) -> list[PlannedRun]:
-  """The runs that are not done.
+  """The runs that are not done."""
+  return [r for r in planned if read_state(workdir / r.name).state != DONE]
+
+
+def check_same(workdir: Path, planned: list[PlannedRun]) -> None:
+  """Whether the runs in the folder are those that are planned.
 
   Raises:
     ConfigError: a folder that has a run of other settings.
@@ -70,7 +75,6 @@ def to_do(workdir: Path, planned: list[PlannedRun]) -> list[PlannedRun]:
   for run in planned:
     if (workdir / run.name / "config.json").is_file():
       _check_same(workdir / run.name, run)
-  return [r for r in planned if read_state(workdir / r.name).state != DONE]
 
 
 def _check_same(folder: Path, run: PlannedRun) -> None:

@@ -26,7 +26,7 @@ class Column:
 
 
 def columns(comparison: Comparison) -> list[Column]:
-  """Those that say something: no drops in any run, no column of drops."""
+  """Those that say something of these runs."""
   found = [
     Column("loss", "final loss", _loss_note(comparison), _loss,
            "{:.4f}".format),
@@ -68,7 +68,7 @@ def columns(comparison: Comparison) -> list[Column]:
       "{:.1%}".format,
     ),
     Column(
-      "num_active_params", "active", "parameters that a token uses",
+      "num_active_params", "active", "parameters that a token uses, at most",
       lambda c, p: p.mean(lambda r: r.number("num_active_params")),
       format_count,
     ),
@@ -77,10 +77,16 @@ def columns(comparison: Comparison) -> list[Column]:
       lambda c, p: p.mean(lambda r: r.number("num_params")), format_count,
     ),
   ]  # fmt: skip
-  known = lambda column: any(
-    math.isfinite(column.value(comparison, p)) for p in comparison.points
-  )
-  return [column for column in found if known(column)]
+  return [column for column in found if _says_something(comparison, column)]
+
+
+def _says_something(comparison: Comparison, column: Column) -> bool:
+  """No drops in any run, no column of drops."""
+  values = [column.value(comparison, point) for point in comparison.points]
+  known = [value for value in values if math.isfinite(value)]
+  if column.key in ("router/dropped", "router/unrouted"):
+    return any(known)
+  return bool(known)
 
 
 def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
@@ -181,7 +187,7 @@ def _loss_note(comparison: Comparison) -> str:
 
 def _loss(comparison: Comparison, point: PointResult) -> float:
   del comparison
-  return point.mean(lambda run: run.final_loss)
+  return point.loss
 
 
 def _difference(comparison: Comparison, point: PointResult) -> float:

@@ -26,22 +26,24 @@ class Worker:
   """Handle of such a process, in the process that started it.
 
   Attributes:
+    place: where it computes.
     run: what it works on; None while it waits.
     started: when it began with it, by `time.monotonic`.
   """
 
-  def __init__(self, workdir: Path, share: int):
+  def __init__(self, workdir: Path, place: dict[str, str]):
     """Args:
     workdir: the sweep's folder.
-    share: how many of them share an accelerator's memory.
+    place: environment that says where it computes, from `places`.
     """
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(
-      target=_main, args=(theirs, workdir, share), name="moejax-sweep"
+      target=_main, args=(theirs, workdir, place), name="moejax-sweep"
     )
     self._process.start()
     theirs.close()
+    self.place = place
     self.run: PlannedRun | None = None
     self.started = 0.0
 
@@ -92,12 +94,31 @@ def _death(code: int | None) -> str:
   return f"the process was ended by {name}{hint}; see {LOG}"
 
 
-def _main(connection: Connection, workdir: Path, share: int) -> None:
+def places(jobs: int, gpus: list[str]) -> list[dict[str, str]]:
+  """Environments of so many workers at a time.
+
+  Args:
+    jobs: workers.
+    gpus: of this machine. Each worker gets one of its own where there are
+      enough, else as many share one, and its memory; a single worker all.
+  """
+  if jobs == 1 or not gpus:
+    return [{} for _ in range(jobs)]
+  sharing = -(-jobs // len(gpus))
+  memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / sharing:.3f}"}
+  return [
+    {"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]}
+    | (memory if sharing > 1 else {})
+    for i in range(jobs)
+  ]
+
+
+def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
   """The process: trains what it is sent until nobody sends any more."""
   # Ctrl-C is for the command, which then asks this process to save.
   os.setpgid(0, 0)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  _prepare(workdir, share)
+  _prepare(workdir, place)
   while True:
     try:
       run = connection.recv()
@@ -106,12 +127,9 @@ def _main(connection: Connection, workdir: Path, share: int) -> None:
     connection.send(_attempt(run, workdir / run.name))
 
 
-def _prepare(workdir: Path, share: int) -> None:
+def _prepare(workdir: Path, place: dict[str, str]) -> None:
   """Programs are kept on disk: runs of one shape compile once, restarts too."""
-  if share > 1:
-    os.environ.setdefault(
-      "XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / share:.3f}"
-    )
+  os.environ.update(place)
   import jax
 
   if jax.config.jax_compilation_cache_dir is None:

@@ -12,6 +12,9 @@ import pytest
 
 from moejax.__main__ import main
 from moejax.metrics import last_step
+from moejax.sweep.check import check_points
+from moejax.sweep.spec import load_sweep, plan_runs
+from moejax.sweep.worker import places
 from tests.small_run import command, environment, make_place, moejax
 
 SWEEP = """
@@ -217,6 +220,7 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   assert "#SBATCH --array=0-3%2\n" in done.stdout
   assert "#SBATCH --partition=gpu\n#SBATCH --gpus=1\n" in done.stdout
+  assert "#SBATCH --signal=B:TERM@120\n" in done.stdout
   assert "Submitted batch job 1" in done.stdout
   for run in RUNS:
     assert validation(place, f"array/{run}") == validation(
@@ -234,6 +238,11 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--config.train.init_from=gone"], "gone is not the folder of a run"),
     (["--config.data.seq_len=64"], "two, one: no token store"),
     (["--sweep=sweep.py:beyond"], "odd: model.moe.router: odd has no router"),
+    (
+      ["--config.model.moe.router=switch(group_size=24)"],
+      "of 32 tokens are not groups of 24",
+    ),
+    (["--config.seed=5"], "give --seeds"),
     (["--jobs=0"], "--jobs=0 must be at least 1"),
     (["--slurm"], "there is no sbatch on this machine"),
     (["--jbos=2"], "unknown argument '--jbos=2'"),
@@ -255,9 +264,41 @@ def test_another_configs_run_is_not_taken_for_ones_own(
 ):
   monkeypatch.chdir(place)
   args = ["sweep", "--sweep=sweep.py", "--workdir=finished"]
-  assert main([*args, "--config.optimizer.eps=0.1"]) == 2
-  error = capsys.readouterr().err
-  assert "has a run of other settings (optimizer.eps: 1e-08 -> 0.1)" in error
+  for more in ([], ["--compare"], ["--task=1"]):
+    assert main([*args, "--config.optimizer.eps=0.1", *more]) == 2
+    error = capsys.readouterr().err
+    assert "has a run of other settings (optimizer.eps: 1e-08 -> 0.1)" in error
+
+
+def test_kernels_of_another_platform_are_left_to_the_runs(
+  place, monkeypatch, capsys
+):
+  """The check runs on a CPU also where the runs have GPUs."""
+  monkeypatch.chdir(place)
+  sweep = load_sweep("sweep.py")
+  check_points(plan_runs(sweep, ["--config.model.moe.matmul=gpu"]))
+
+
+def test_when_all_runs_fail_the_reason_is_said(place, capfd, monkeypatch):
+  monkeypatch.chdir(place)
+  done = moejax(
+    place, "sweep", "--sweep=sweep.py", "--workdir=hopeless", "--seeds=0",
+    "--points=one", "--config.model.moe.matmul=gpu",
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "one/seed_0: failed:" in done.stderr
+  assert "it is for gpu, not cpu" in done.stderr
+  assert "no run with a finished step to compare" in done.stderr
+
+
+def test_each_worker_has_a_gpu_of_its_own():
+  name, memory = "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+  assert places(1, ["0", "1"]) == [{}]  # one run may use them all
+  assert places(3, []) == [{}, {}, {}]
+  assert places(2, ["4", "6"]) == [{name: "4"}, {name: "6"}]
+  found = places(3, ["0", "1"])
+  assert [p[name] for p in found] == ["0", "1", "0"]
+  assert {p[memory] for p in found} == {"0.450"}
 
 
 def wait_until(condition, seconds=120):

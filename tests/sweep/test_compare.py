@@ -33,7 +33,7 @@ def write_run(folder, config, loss, speed, dropped=0.0):
     for step in range(1, STEPS + 1):
       f.write(encode_line(step, {
         "loss/xent": loss + 5.0 / step, "router/dropped": dropped,
-        "router/max_over_mean": 1.0 + 1.0 / step,
+        "router/max_over_mean": 1.0 + 1.0 / step, "router/unrouted": 0.0,
       }))  # fmt: skip
   with open(folder / "timing.jsonl", "wb") as f:
     for step in range(1, STEPS + 1):
@@ -76,10 +76,41 @@ def test_means_and_paired_differences(comparison):
   assert error == pytest.approx(paired.std(ddof=1) / np.sqrt(3))
   mean, error = result.difference(late)
   assert mean == pytest.approx(0.2) and np.isnan(error)
-  assert [p.name for p in result.ranked()] == ["late", "better", "base"]
+  # `late` has the lowest mean, of an easy seed; by seed it is the worst.
+  assert [p.name for p in result.ranked()] == ["better", "base", "late"]
+  (best,) = [c for c in make_charts(result) if c.name == "final-loss"]
+  assert best.title == "better ends lowest, 0.117 below base (± 0.0441)"
   # Seeds differ far more than the routers do, which pairing takes out.
   spread_of_seeds = mean_and_error(np.array(LOSSES["better"]))[1]
   assert result.difference(better)[1] < spread_of_seeds / 3
+
+
+def test_one_kind_of_loss_for_all(tmp_path):
+  """A run without an evaluation at its end is not held against others."""
+  sweep = Sweep(config="x.py", points={"a": {}, "b": {}}, seeds=(0,))
+  config = Config.from_dict({
+    "train": {"num_steps": STEPS}, "optimizer": {"schedule": {"warmup": 1.0}},
+  })  # fmt: skip
+  planned = [PlannedRun(n, 0, config) for n in "ab"]
+  for name in "ab":
+    write_run(tmp_path / name / "seed_0", config, 2.0, 100.0)
+  evaluations = tmp_path / "b" / "seed_0" / "eval.jsonl"
+  evaluations.write_bytes(encode_line(5, {"validation/xent": 9.0}))
+  result = compare(sweep, planned, tmp_path, ["--config.train.init_from", "x"])
+  assert not result.validated
+  late = 2.0 + np.mean([5.0 / s for s in range(STEPS - 3, STEPS + 1)])
+  for point in result.points:
+    assert point.loss == pytest.approx(late, rel=1e-5)
+  assert result.common == {"train.init_from": "x"}
+
+
+def test_a_damaged_log_is_no_missing_one(comparison, tmp_path):
+  sweep = Sweep(config="x.py", points={"a": {}}, seeds=(0,))
+  config = Config()
+  write_run(tmp_path / "a" / "seed_0", config, 2.0, 100.0)
+  (tmp_path / "a" / "seed_0" / "config.json").write_text("{")
+  with pytest.raises(DataError, match="config.json cannot be read"):
+    compare(sweep, [PlannedRun("a", 0, config)], tmp_path)
 
 
 def test_what_the_table_says(comparison):
@@ -90,8 +121,8 @@ def test_what_the_table_says(comparison):
   assert rows["late"][heads.index("dropped")] == "25.0%"
   assert rows["late"][-1] == "1/3" and rows["base"][-1] == "3/3"
   assert rows["base"][heads.index("tokens/s")] == "101"
-  # Nothing logged it: no column of dashes.
-  assert "entropy" not in heads
+  # Nothing logged it, or it is all zeros: no column.
+  assert "entropy" not in heads and "unrouted" not in heads
   assert "±" in rows["better"][1] and "±" not in rows["late"][1]
   assert as_markdown(result).splitlines()[1].startswith("|---|---:|")
   keys = [c.key for c in columns(result)]

@@ -68,6 +68,19 @@ def test_a_grid_is_all_combinations():
   ]  # fmt: skip
   assert grid({"model.pattern": [("moa/moe",)]}).keys() == {"pattern=moa-moe"}
   assert Sweep(config="x.py", points=points)
+  assert list(grid({"optimizer.x": [-1, 1]})) == ["x=-1", "x=1"]
+
+
+@pytest.mark.parametrize(
+  "axes",
+  [
+    {"a": {"one": 1, "one_two": 2}, "b": {"two_three": 1, "three": 2}},
+    {"a": ["a b", "a-b"]},
+  ],
+)
+def test_a_grid_loses_no_point(axes):
+  with pytest.raises(ConfigError, match="two points are called"):
+    grid(axes)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +92,10 @@ def test_a_grid_is_all_combinations():
     ({"a/b": {}}, {}, "point 'a/b' names a folder"),
     ({"..": {}}, {}, "names a folder"),
     ({"a": {}}, {"baseline": "b"}, "baseline='b' is none of the points a"),
+    ({"a": {"seed": 3}}, {}, "cannot set seed: give seeds"),
+    ({"a": {}}, {"common": {"seed": 3}}, "cannot set seed: give seeds"),
+    ({"a": None}, {}, "are a dictionary of dictionaries"),
+    (["a", "b"], {}, "are a dictionary of dictionaries"),
   ],
 )
 def test_what_is_no_sweep(tmp_path, points, options, message):
@@ -117,6 +134,23 @@ def test_files_that_do_not_work(tmp_path, code, message):
   (tmp_path / "sweep.py").write_text(code)
   with pytest.raises(ConfigError, match=message):
     load_sweep(str(tmp_path / "sweep.py"))
+
+
+def test_the_seed_is_the_sweeps(tmp_path):
+  sweep = load_sweep(write(tmp_path, {"a": {}}))
+  with pytest.raises(ConfigError, match="give --seeds"):
+    plan_runs(sweep, ["--config.seed", "5"])
+
+
+def test_a_file_without_a_docstring_has_its_name_for_a_title(
+  tmp_path, monkeypatch
+):
+  (tmp_path / "mine.py").write_text(
+    "from moejax.sweep import Sweep\n"
+    "def get_sweep():\n  return Sweep(config='c.py', points={'a': {}})\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  assert load_sweep("mine.py").title == "mine"
 
 
 def test_no_such_file():
