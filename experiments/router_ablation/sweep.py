@@ -26,8 +26,11 @@ def get_sweep():
     "forced_balance": "forced_balance(k=2)",
   }
   points = {name: {"model.moe.router": r} for name, r in routers.items()}
-  # What a bias balances, or nothing learns, no loss shall balance too.
-  for name in ("loss_free", "group_limited", "hash_tokens", "random_choice"):
+  # What is balanced otherwise, or learns nothing, no loss shall balance too.
+  for name in (
+    "loss_free", "group_limited", "hash_tokens", "random_choice", "sinkhorn",
+    "expert_choice", "forced_balance",
+  ):  # fmt: skip
     points[name]["loss.load_balance"] = 0.0
   points["loss_free"]["loss.sequence_balance"] = 0.0001
   points["group_limited"]["loss.sequence_balance"] = 0.0001
@@ -38,7 +41,7 @@ def get_sweep():
     config="../../configs/tiny.py",
     points=points,
     common={
-      "train.num_steps": 150,
+      "train.num_steps": 120,
       "eval.sample_tokens": 0,
       "train.batch_size": 4,
     },
