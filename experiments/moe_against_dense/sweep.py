@@ -15,7 +15,7 @@ def get_sweep():
       "dense": {"model.pattern": ("attention/mlp",), "model.d_mlp": 256},
       "moe": {},
     },
-    common={"train.num_steps": 200, "eval.sample_tokens": 0},
+    common={"train.num_steps": 500, "eval.sample_tokens": 0},
     seeds=(0, 1, 2),
     baseline="dense",
   )
