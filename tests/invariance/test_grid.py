@@ -23,23 +23,24 @@ from tests.invariance.cells import (
 
 TOLERANCE = 2e-5  # relative, of each leaf's norm, all in float32
 
+OPTIONS = list(itertools.product((1, 4), ("none", "full"), ("dense", "ragged")))
+# Half of them for each mesh, so that all pairs of options meet on each, and all
+# triples on one mesh or its neighbour.
 WAYS = [
-  Cell(*way)
-  for way in itertools.product(
-    MESHES, (1, 4), ("none", "full"), ("dense", "ragged")
-  )
+  Cell(mesh, *way)
+  for m, mesh in enumerate(MESHES)
+  for w, way in enumerate(OPTIONS)
+  if (w.bit_count() + m) % 2 == 0
 ]
+OTHERS = [
+  (EXPERT_CHOICE, "ragged"), (EXPERT_CHOICE, "padded"), (SWITCH, "padded"),
+]  # fmt: skip
 GRID = WAYS + [
   Cell("ep4", dispatch="ragged", exchange="all_gather"),
   Cell("fsdp2-ep2-tp2", dispatch="ragged", exchange="all_gather"),
   *(
-    Cell(mesh, 4, "full", dispatch, router=router)
-    for mesh in MESHES
-    for router, dispatch in (
-      (EXPERT_CHOICE, "ragged"),
-      (EXPERT_CHOICE, "padded"),
-      (SWITCH, "padded"),
-    )
+    Cell(mesh, 4, "full", OTHERS[m % 3][1], router=OTHERS[m % 3][0])
+    for m, mesh in enumerate(MESHES)
   ),
 ]
 # Each mesh at least once.
@@ -91,6 +92,14 @@ def test_slice(cell):
 @pytest.mark.parametrize("cell", GRID, ids=name_of)
 def test_grid(cell):
   check(cell)
+
+
+def test_the_grid_has_every_pair():
+  ways = {(c.mesh, c.accumulation, c.remat, c.dispatch) for c in WAYS}
+  assert len(ways) == 4 * len(MESHES)
+  for i, j in itertools.combinations(range(3), 2):
+    pairs = {(way[0], way[1 + i], way[1 + j]) for way in ways}
+    assert len(pairs) == 4 * len(MESHES)
 
 
 def test_the_slice_has_every_mesh():
