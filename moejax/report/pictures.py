@@ -33,6 +33,7 @@ def figure_of(chart: Chart) -> Any:
   total = height + _header_height(chart, width) + MARGIN
   with plot_style():
     figure = new_figure(width + 2 * MARGIN, total)
+    figure.set_facecolor(LIGHT["card"])  # also in a dark notebook
     _draw_card(figure, chart)
   return figure
 
