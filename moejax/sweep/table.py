@@ -92,13 +92,14 @@ def _says_something(comparison: Comparison, column: Column) -> bool:
 def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
   """A number as written, with its standard error over seeds if it has one."""
   value = column.value(comparison, point)
-  if not math.isfinite(value):
+  itself = point.name == comparison.reference
+  if not math.isfinite(value) or (itself and column.key == "steps_to_equal"):
     return "–"
   text = column.write(value)
   if column.key == "loss":
     _, error = mean_and_error(_array(point.losses.values()))
   elif column.key == "difference":
-    if point.name == comparison.reference:
+    if itself:
       return "0"
     _, error = comparison.difference(point)
   else:
