@@ -20,7 +20,7 @@ import jax
 
 from moejax.checkpoint import Checkpointer, CheckpointReader
 from moejax.cli import make_importable
-from moejax.config import Config
+from moejax.config import Config, ParallelConfig
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, DataError, UserError
 from moejax.files import write_atomically
@@ -33,6 +33,8 @@ from moejax.models import (
   init_variables,
   train_flops_per_token,
 )
+from moejax.models.transformer import boxed_variables
+from moejax.parallel import build_on_mesh, make_mesh, shardings
 from moejax.routing import home_of, resolve
 
 PACKAGES = (
@@ -56,21 +58,58 @@ def checkpoint_folder(workdir: str | os.PathLike) -> Path:
   return Path(workdir) / "checkpoints"
 
 
-def load_run(workdir: str | os.PathLike, step: int | None = None) -> Run:
+def load_run(
+  workdir: str | os.PathLike,
+  step: int | None = None,
+  parallel: ParallelConfig | None = None,
+) -> Run:
   """The model of a run's newest valid checkpoint, or of the one at `step`.
 
+  Args:
+    workdir: folder of the run.
+    step: of the checkpoint.
+    parallel: the mesh to put it on, whatever it was trained on; None is one
+      device. The config that comes back has it, and a batch of a row a part.
+
   Raises:
+    ConfigError: a mesh that does not fit the devices or the model.
     DataError: no run in this folder.
     CheckpointError: no checkpoint, or none that is undamaged, or a tokenizer
       that is not the one it was trained with.
   """
   keep_freed_memory()
   config = read_config(workdir)
-  model = build(config.model)
+  if parallel is None:
+    model = build(config.model)
+    abstract = abstract_variables(model)
+  else:
+    config = _on_mesh(config, parallel)
+    mesh = make_mesh(parallel)
+    model = build_on_mesh(config, mesh)
+    abstract = _abstract_on_mesh(model, mesh)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
-  restored = checkpoints.restore_params(abstract_variables(model), step)
+  restored = checkpoints.restore_params(abstract, step)
   tokenizer = read_tokenizer(workdir, restored.meta)
   return Run(config, model, restored.state, tokenizer, restored.step)
+
+
+def _on_mesh(config: Config, parallel: ParallelConfig) -> Config:
+  """The config with another mesh, and a batch that divides into its parts."""
+  batch = dataclasses.replace(
+    config.train, batch_size=parallel.batch_parts, accumulation_steps=1
+  )
+  return dataclasses.replace(
+    config, parallel=parallel, train=batch,
+    eval=dataclasses.replace(config.eval, batch_size=0),
+  )  # fmt: skip
+
+
+def _abstract_on_mesh(model: Transformer, mesh: jax.sharding.Mesh) -> Variables:
+  shapes = jax.eval_shape(lambda: init_variables(model, jax.random.key(0)))
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    shapes, shardings(mesh, boxed_variables(model)),
+  )  # fmt: skip
 
 
 def read_tokenizer(
