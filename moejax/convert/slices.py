@@ -27,18 +27,21 @@ TOLERANCE = 1e-5  # float32 rounds a renormalised weight by 1e-7
 
 @dataclasses.dataclass(frozen=True)
 class SliceWeights:
-  """Combine weights of a router on random tokens, without and with its noise.
+  """Combine weights of a router on random tokens, in evaluation and training.
 
   `G` here is slices of an MLP.
 
   Attributes:
     weight_TG: what each slice gets of a token, in evaluation.
-    noisy_TG: the same in training; not tried where the first is uneven.
+    train_TG: the same in training, with a key a token; not tried where the
+      first is uneven.
+    missing_T: assignments of each token that find no place in training.
     k: experts per token.
   """
 
   weight_TG: Array
-  noisy_TG: Array
+  train_TG: Array
+  missing_T: Array
   k: int
 
   @classmethod
@@ -63,17 +66,22 @@ class SliceWeights:
     )
     keys = jax.random.split(jax.random.key(0), T)
 
-    def weights(routing) -> Array:
+    def weights(routing) -> tuple[Array, Array]:
       weight_TG = np.zeros((T, G))
       there = np.asarray(routing.expert_A) < E
-      where = np.asarray(routing.token_A), np.asarray(routing.expert_A) % G
+      token_A = np.asarray(routing.token_A)
+      where = token_A, np.asarray(routing.expert_A) % G
       np.add.at(weight_TG, where, np.where(there, routing.weight_A, 0.0))
-      return weight_TG
+      lost = ~there
+      if routing.unused_A is not None:
+        lost &= ~np.asarray(routing.unused_A)
+      return weight_TG, np.bincount(token_A[lost], minlength=T)
 
-    calm_TG = noisy_TG = weights(route(rng=None))
-    if _constant(calm_TG):
-      noisy_TG = weights(route(rng=keys))
-    return cls(calm_TG, noisy_TG, model.moe.experts_per_token)
+    weight_TG, missing_T = weights(route(rng=None))
+    train_TG = weight_TG
+    if _constant(weight_TG):
+      train_TG, missing_T = weights(route(rng=keys))
+    return cls(weight_TG, train_TG, missing_T, model.moe.experts_per_token)
 
   @property
   def num_slices(self) -> int:
@@ -112,12 +120,34 @@ class SliceWeights:
       what = f"of a token's weights each of {G} slices gets"
     text = "; ".join([f"{what} {self.weight_TG.mean():.4g}", *scaled])
     lines = [f"logits are the dense model's: {text}"]
-    if not _constant(self.noisy_TG):
-      lines.append(
-        "note: not so in training: the router's noise breaks the ties that "
-        "keep slices together; without it they stay for the first step"
-      )
+    if not _constant(self.train_TG):
+      why = "; ".join(self._why_not_in_training())
+      lines.append(f"note: not so in training: {why}")
     return lines
+
+  def _why_not_in_training(self) -> list[str]:
+    """What a capacity does at every step, noise to ties, and all else."""
+    total_T, whole_T = self.train_TG.sum(1), self.missing_T == 0
+    largest_T, smallest_T = self.train_TG.max(1), self.train_TG.min(1)
+    # Where an assignment has no place, its slice is missing without any noise.
+    torn_T = whole_T & (largest_T - smallest_T > TOLERANCE * total_T.max())
+    reasons = []
+    if not whole_T.all():
+      reasons.append(
+        f"{1 - whole_T.mean():.0%} of random tokens find an expert full, at "
+        "every step, and their weights sum to less"
+      )
+    if torn_T.any():
+      reasons.append(
+        "the router's noise breaks the ties that keep slices together; without "
+        "it they stay for the first step"
+      )
+    rest_T = total_T[whole_T & ~torn_T]
+    if rest_T.size and not _constant(rest_T):
+      reasons.append(
+        f"a token's weights sum to {rest_T.min():.2g} to {rest_T.max():.2g}"
+      )
+    return reasons
 
   def _why(self) -> str:
     G, k = self.num_slices, self.k

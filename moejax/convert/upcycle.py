@@ -36,7 +36,7 @@ from moejax.convert.slices import SliceWeights
 from moejax.convert.to_hf import leaf_of
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
-from moejax.models import build
+from moejax.models import build, unstack_repeats
 from moejax.progress import format_bytes, progress_bar
 from moejax.runlock import LOCK_FILE, RunLock
 from moejax.step import init_state
@@ -94,8 +94,8 @@ def upcycle(
 
   One leaf passes through memory at a time, at most all experts' matrices of
   one kind in a layer. Stopped and called again, it goes on with the leaves that
-  are missing. Layers lie apart, whatever `config.model.scan_layers` says, as in
-  all converted runs.
+  are missing. Layers lie apart, as in all converted runs, but what is drawn
+  is drawn as `config.model.scan_layers` says.
 
   Args:
     source: folder of a run whose layers are all `/mlp`.
@@ -120,7 +120,6 @@ def upcycle(
   manifest = runs.checkpoint_folder(source) / str(found) / MANIFEST
   config = dataclasses.replace(
     config,
-    model=dataclasses.replace(config.model, scan_layers=False),
     data=dataclasses.replace(
       config.data, tokenizer=tokenizer_name(target, words)
     ),
@@ -137,7 +136,7 @@ def upcycle(
       print(f"{target} holds this checkpoint already")
       return
     making.write(target, digest, words, {"upcycled_from": origin})
-    runs.write_files(target, config, words)
+    runs.write_files(target, making.config, words)
   size = sum(leaf.num_bytes for leaf in making.table.values())
   print(
     f"{target}: {format_bytes(size)} of weights from {source}, step {found}"
@@ -245,14 +244,15 @@ class Upcycling:
   ):
     """Args:
     dense: the source's model, layers stacked or apart.
-    config: of the run to make, layers apart.
+    config: of the run to make; drawn with its layers stacked or apart.
     recipe: how experts are made.
     weights: what the router gives each slice.
     leaves: the source's.
     """
-    self._dense, self._config, self._leaves = dense, config, leaves
+    self._dense, self._drawn_as, self._leaves = dense, config, leaves
     self._recipe, self._weights = recipe, weights
-    model = config.model
+    model = dataclasses.replace(config.model, scan_layers=False)
+    self.config = dataclasses.replace(config, model=model)  # as it is written
     self.table: dict[str, Leaf] = describe(
       runs.abstract_variables(build(model))
     )
@@ -276,7 +276,7 @@ class Upcycling:
         # Without a name, so that it is gone when the next is made.
         writer.write(name, drawn[name] if name in drawn else self._made(name))
         bar.advance()
-    writer.commit(converted_meta(self._config, words, digest) | more)
+    writer.commit(converted_meta(self.config, words, digest) | more)
 
   def _origin(self, name: str) -> tuple[str, ...] | None:
     """Where in the dense model a leaf comes from; None: it is drawn."""
@@ -306,7 +306,7 @@ class Upcycling:
     recipe = self._recipe
     slices = np.split(dense, recipe.granularity, axis=EXPERTS[kind][1])
     factor = np.float32(self._weights.factor if kind == "w_down_EFD" else 1)
-    rng = np.random.default_rng([self._config.seed, zlib.crc32(name.encode())])
+    rng = np.random.default_rng([self.config.seed, zlib.crc32(name.encode())])
     experts = np.empty(self.table[name].shape, np.float32)
     for e, expert in enumerate(experts):
       expert[:] = slices[e % recipe.granularity] * factor
@@ -317,12 +317,19 @@ class Upcycling:
     return experts
 
   def _drawn(self, names: Collection[str]) -> dict[str, Array]:
-    """What a fresh run of this config and seed begins with there."""
-    model = build(self._config.model)
+    """What a fresh run of this config and seed begins with there.
+
+    Stacked layers are drawn by other keys than the same layers apart.
+    """
+    config = self._drawn_as
+    model = build(config.model)
 
     @jax.jit  # drops what is not asked for before it is computed
     def draw():
-      leaves = named_leaves(init_state(self._config, model).variables)
+      variables = init_state(config, model).variables
+      if config.model.scan_layers:
+        variables = unstack_repeats(config.model, variables)
+      leaves = named_leaves(variables)
       return {name: leaves[name] for name in names}
 
     drawn = jax.device_get(draw())

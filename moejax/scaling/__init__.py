@@ -3,7 +3,7 @@
 
   laws        the formulas, and published fits
   sizes       a config's family: the same shape, smaller or larger
-  sweep       sizes x budgets, the runs to train
+  sweep       sizes x budgets, the runs to train; sweep_file: for moejax sweep
   points      finished runs and tables, as arrays
   isoflop     a parabola a budget, power laws of their minima
   parametric  L(N, D) = E + A / N^alpha + B / D^beta

@@ -87,7 +87,7 @@ def power_law_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
   flops = np.geomspace(low, high, 100)
 
   def draw(figure: Any, narrow: bool) -> None:
-    others = _published(flops)
+    others = _published(flops) if fit.count == "active" else {}
     for ax, name, unit in zip(
       figure.subplots(1, 2), ("params", "tokens"), (AXIS[fit.count], "tokens D")
     ):
@@ -122,10 +122,9 @@ def power_law_chart(fit: ScalingFit, budgets: list[float]) -> Chart:
 
   n, d = isoflop.frontier.params.exponent, isoflop.frontier.tokens.exponent
   title = f"Best sizes grow as C^{n:.3g}, their tokens as C^{d:.3g}"
-  note = (
-    "Thick where budgets were tried, thin beyond. Grey: published laws of "
-    "other models and text, for comparison."
-  )
+  note = "Thick from valley to valley, thin beyond."
+  if fit.count == "active":
+    note += " Grey: published laws of other models and text, for comparison."
   if budgets:
     note += " Dots: the budgets asked for."
   return Chart("power_laws", title, note, draw, WIDE)

@@ -5,6 +5,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from moejax import cli
@@ -16,7 +17,8 @@ from moejax.progress import progress_bar
 from moejax.scaling.fit import RESAMPLES, ScalingFit, fit_points
 from moejax.scaling.laws import SIX_ND, hunyuan_large_flops
 from moejax.scaling.points import COUNTS, read_points, to_csv
-from moejax.scaling.sweep import plan_points, sweep_of
+from moejax.scaling.sweep import plan_points
+from moejax.scaling.sweep_file import require_writable, write_sweep
 from moejax.scaling.text import describe_fit, describe_points, fit_record
 
 
@@ -37,7 +39,9 @@ def main(argv: list[str]) -> int:
       parser.error(f"unknown argument {extra[0]!r}")
     return _fit(args)
   config = cli.parse_config(args.config, extra)
-  return _points(args, config) if args.command == "points" else _flops(config)
+  if args.command == "flops":
+    return _flops(config)
+  return _points(args, config, cli.parse_overrides(extra))
 
 
 def _add_fit(commands: argparse._SubParsersAction) -> None:
@@ -87,8 +91,8 @@ def _add_points(commands: argparse._SubParsersAction) -> None:
   )  # fmt: skip
   _add_count(parser)
   add(
-    "--write", metavar="FILE.json",
-    help='write {"name": {"option.path": value}}, which a sweep runs',
+    "--write", metavar="FILE.py", type=Path,
+    help="write them as a sweep file, which moejax sweep trains",
   )  # fmt: skip
 
 
@@ -133,14 +137,18 @@ def write_results(fit: ScalingFit, budgets: list[float], folder: Path) -> None:
   try:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "fit.json", record + "\n")
-    write_atomically(folder / "points.csv", to_csv(fit.points))
+    write_atomically(folder / "points.csv", to_csv(fit.points, fit.count))
     for chart in make_charts(fit, budgets):
       save_png(chart, folder / f"{chart.name}.png")
   except OSError as e:
     raise UserError(f"cannot write to {folder}: {e.strerror or e}") from e
 
 
-def _points(args: argparse.Namespace, config: Config) -> int:
+def _points(
+  args: argparse.Namespace, config: Config, overrides: Iterable[str]
+) -> int:
+  if args.write:
+    require_writable(args.write)
   with progress_bar("sizes", len(args.sizes), sys.stderr) as bar:
     points = plan_points(
       config, args.budgets, args.sizes, args.count, bar.advance
@@ -149,12 +157,8 @@ def _points(args: argparse.Namespace, config: Config) -> int:
   total = sum(point.flops for point in points)
   print(f"{len(points)} runs, {total:.3g} FLOPs together")
   if args.write:
-    text = json.dumps(sweep_of(points), indent=2) + "\n"
-    try:
-      write_atomically(args.write, text)
-    except OSError as e:
-      raise UserError(f"cannot write {args.write}: {e.strerror or e}") from e
-    print(f"written to {args.write}")
+    write_sweep(args.write, points, args.config, overrides)
+    print(f"written: moejax sweep --sweep={args.write} --workdir=DIR")
   return 0
 
 

@@ -2,7 +2,7 @@
 """Both fits of one set of points, and what they say about a budget."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class Estimate:
 
   @classmethod
   def of(cls, value: Any, resampled: Any = None) -> "Estimate":
-    if resampled is None or not np.size(resampled):
+    if resampled is None:
       return cls(float(value))
     low, high = interval(resampled)
     return cls(float(value), float(low), float(high))
@@ -74,12 +74,16 @@ class Optimum:
     params, tokens: N and D.
     loss: nats per token there; None for power laws, which have none, and for
       others' laws, whose losses are of other tokens.
+    beyond: the budget over the largest compute that the fit rests on if it is
+      larger, over the smallest if it is smaller, else 1; None for published
+      laws.
   """
 
   method: str
   params: Estimate
   tokens: Estimate
   loss: Estimate | None = None
+  beyond: float | None = None
 
 
 def fit_points(
@@ -123,16 +127,19 @@ def fit_points(
 def optima(fit: ScalingFit, flops: float) -> list[Optimum]:
   """Compute-optimal sizes at `flops`: the fits' own, then published ones.
 
-  A parametric law of which a term is not told by its points has none.
+  A parametric law of which a term is not told by its points has none; published
+  laws are left out where N does not count embedding tables, as theirs does.
   """
   found = []
   if fit.isoflop is not None:
     frontier, drawn = fit.isoflop.frontier, fit.isoflop.resampled
+    used = [v.flops for v in fit.isoflop.valleys if not v.problem]
     found.append(
       Optimum(
         "isoflop",
         Estimate.of(frontier.params(flops), drawn and drawn.params(flops)),
         Estimate.of(frontier.tokens(flops), drawn and drawn.tokens(flops)),
+        beyond=_beyond(flops, used),
       )
     )
   if fit.parametric is not None and fit.parametric.tells_optimum:
@@ -143,8 +150,10 @@ def optima(fit: ScalingFit, flops: float) -> list[Optimum]:
       *zip(best, others),
       (law(*best), drawn(*others)),
     )
-    found.append(Optimum("parametric", *(Estimate.of(*p) for p in pairs)))
-  return found + published_optima(flops)
+    estimates = (Estimate.of(*p) for p in pairs)
+    beyond = _beyond(flops, fit.points.flops)
+    found.append(Optimum("parametric", *estimates, beyond))
+  return found + (published_optima(flops) if fit.count == "active" else [])
 
 
 def published_optima(flops: float) -> list[Optimum]:
@@ -163,10 +172,9 @@ def published_optima(flops: float) -> list[Optimum]:
   ]
 
 
-def extrapolation(fit: ScalingFit, flops: float) -> float:
-  """How many times `flops` is beyond the largest, or under the smallest, C."""
-  tried = fit.points.flops
-  return float(max(flops / tried.max(), tried.min() / flops, 1.0))
+def _beyond(flops: float, tried: Sequence[float]) -> float:
+  """`Optimum.beyond` of a fit that rests on these budgets."""
+  return float(flops / np.clip(flops, min(tried), max(tried)))
 
 
 def interval(resampled: np.ndarray) -> np.ndarray:

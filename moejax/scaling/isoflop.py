@@ -20,6 +20,7 @@ from moejax.scaling.points import Points, compute_law
 # are apart by much more.
 GAP = 1.1
 SPREAD = 1.2
+ENOUGH = 0.5  # of the resamples: what is left of fewer is no interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,11 @@ class IsoFlopFit:
     valleys: by budget, problems included.
     frontier: N_opt(C) and D_opt(C).
     resampled: the same with [R] coefficients and exponents; None where no
-      budget has a fourth point to tell the noise from.
+      budget has a fourth point to tell the noise from, or where fewer than
+      ENOUGH of the resamples have all valleys.
     failed: resamples without a valley in each budget, left out of `resampled`.
-    valley_params_RG: N_opt of each budget that is used, by resample.
+    valley_params_RG: N_opt of each budget that is used, by resample; None where
+      `resampled` is.
   """
 
   valleys: list[Valley]
@@ -113,12 +116,14 @@ def fit_isoflop(points: Points, resamples: int, seed: int) -> IsoFlopFit:
     return IsoFlopFit(valleys, frontier, None, 0, None)
   params_RG, tokens_RG = drawn
   whole = np.isfinite(params_RG).all(1)
+  failed = int((~whole).sum())
+  if whole.mean() < ENOUGH:
+    return IsoFlopFit(valleys, frontier, None, failed, None)
   params_RG, tokens_RG = params_RG[whole], tokens_RG[whole]
   resampled = Frontier(
     _power_law(log_flops, np.log(params_RG).T),
     _power_law(log_flops, np.log(tokens_RG).T),
   )
-  failed = int((~whole).sum())
   return IsoFlopFit(valleys, frontier, resampled, failed, params_RG)
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,18 @@ from moejax.report.rundata import RunData, load_run_data
 from moejax.scaling.laws import SIX_ND, ComputeLaw
 from moejax.scaling.sizes import SIZE_OPTIONS
 
-COLUMNS = ("name", "active_params", "tokens", "flops", "loss")
 # N as the table's column of it is called.
 COUNTS = {"active": "active_params", "non-embedding": "non_embedding_params"}
-VALIDATION = "validation/xent"
+VALIDATION, VALIDATED = "validation/xent", "validation/tokens"
 
 # Losses on other text, or on other tokens of it, have no law in common.
 _SAME = ("sources", "weights", "text_key", "tokenizer", "validation_fraction")
-# What changes no loss by itself, or is repeated on purpose.
+ALIKE = 0.01  # of validated tokens: rows of other lengths end elsewhere
+# What changes no loss by itself, or is repeated on purpose; what was validated
+# on is compared as tokens.
 _MAY_DIFFER = (
-  "checkpoint.", "parallel.", "eval.", "seed", "data.store", "data.num_workers",
+  "checkpoint.", "parallel.", "eval.every", "eval.num_batches",
+  "eval.batch_size", "eval.sample_", "seed", "data.store", "data.num_workers",
   "data.prefetch_rows", "model.remat", "model.attention", "model.moe.dispatch",
   "model.moe.matmul", "model.scan_layers", "train.accumulation_steps",
 )  # fmt: skip
@@ -58,13 +61,6 @@ class Points:
   def __len__(self) -> int:
     return len(self.names)
 
-  def take(self, indices: np.ndarray) -> "Points":
-    return Points(
-      tuple(self.names[i] for i in indices),
-      self.params[indices], self.tokens[indices], self.flops[indices],
-      self.loss[indices], self.notes,
-    )  # fmt: skip
-
 
 def read_points(paths: list[str], params: str = "active") -> Points:
   """Points of runs' folders and of tables (.csv, .json), in this order.
@@ -81,19 +77,23 @@ def read_points(paths: list[str], params: str = "active") -> Points:
 
   Raises:
     DataError: a run that is not finished or not validated at its end, runs on
-      other data, a table that is damaged or lacks a column.
+      other data or validated on other tokens, a table that is damaged or lacks
+      a column.
   """
   rows, runs, notes = [], [], []
+  files = [path for path in map(Path, paths) if _is_table(path)]
+  names = _names([path for path in map(Path, paths) if path not in files])
   for path in map(Path, paths):
-    if path.suffix in (".csv", ".json") and not path.is_dir():
+    if path in files:
       table = _read_table(path, COUNTS[params])
       missing = sum(row["flops"] is None for row in table)
       if missing:
         notes.append(f"{path}: {missing} points without flops count as 6 N D")
       rows += table
     else:
-      runs.append(load_run_data(path))
-      rows.append(_point_of(runs[-1], path, params))
+      run = dataclasses.replace(load_run_data(path), name=names[path])
+      runs.append(run)
+      rows.append(_point_of(run, path, params))
   notes += _check_comparable(runs)
   numbers = {
     key: np.array([row[key] for row in rows], float)
@@ -123,15 +123,28 @@ def compute_law(points: Points) -> tuple[ComputeLaw, float]:
   return law, float(np.abs(ratio - 1).max())
 
 
-def to_csv(points: Points) -> str:
-  """A table that `read_points` reads again; N is in active_params."""
+def to_csv(points: Points, count: str = "active") -> str:
+  """A table that `read_points` reads again, with the same count of N."""
   out = io.StringIO()
   writer = csv.writer(out, lineterminator="\n")
-  writer.writerow(COLUMNS)
+  writer.writerow(["name", COUNTS[count], "tokens", "flops", "loss"])
   columns = (points.params, points.tokens, points.flops, points.loss)
   for name, *numbers in zip(points.names, *columns):
     writer.writerow([name, *(repr(float(x)) for x in numbers)])
   return out.getvalue()
+
+
+def _is_table(path: Path) -> bool:
+  return path.suffix in (".csv", ".json") and not path.is_dir()
+
+
+def _names(folders: list[Path]) -> dict[Path, str]:
+  """Their own, or paths where several have one, as a sweep's `seed_0`."""
+  whole = {folder: folder.resolve() for folder in folders}
+  if len({path.name for path in whole.values()}) == len(whole):
+    return {folder: path.name for folder, path in whole.items()}
+  start = os.path.commonpath([path.parent for path in whole.values()])
+  return {f: path.relative_to(start).as_posix() for f, path in whole.items()}
 
 
 def _point_of(run: RunData, path: Path, params: str) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def _point_of(run: RunData, path: Path, params: str) -> dict[str, Any]:
       f"train --workdir={path}, or leave it out"
     )
   evaluations = run.evaluations
-  if not len(evaluations) or VALIDATION not in evaluations:
+  if VALIDATION not in evaluations or VALIDATED not in evaluations:
     raise DataError(f"{path} has no validation loss; train with eval.every > 0")
   if evaluations.steps[-1] != steps:
     raise DataError(
@@ -180,6 +193,7 @@ def _check_comparable(runs: list[RunData]) -> list[str]:
   if not runs:
     return []
   first, keys = runs[0], set()
+  _check_validated(runs)
   for run in runs[1:]:
     old, new = first.record["config"], run.record["config"]
     for key in _SAME:
@@ -200,6 +214,19 @@ def _check_comparable(runs: list[RunData]) -> list[str]:
   return [
     f"the runs differ in more than size and length: {', '.join(sorted(keys))}"
   ]
+
+
+def _check_validated(runs: list[RunData]) -> None:
+  """Refuses losses of longer and shorter beginnings of the validation text."""
+  tokens = {run.name: run.evaluations[VALIDATED][-1] for run in runs}
+  few, many = min(tokens, key=tokens.get), max(tokens, key=tokens.get)
+  if tokens[many] > (1 + ALIKE) * tokens[few]:
+    raise DataError(
+      f"{few} and {many} were validated on {tokens[few]:,.0f} and "
+      f"{tokens[many]:,.0f} tokens (eval.num_batches, eval.batch_size); their "
+      "losses cannot be compared: fit them apart, or measure them alike with "
+      "moejax eval and give a table"
+    )
 
 
 def _read_table(path: Path, params_column: str) -> list[dict[str, Any]]:

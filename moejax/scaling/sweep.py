@@ -2,6 +2,7 @@
 """The IsoFLOP sweep of a config's family: sizes x budgets, tokens by budget."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -64,9 +65,9 @@ def plan_points(
   """All sizes at all budgets, by budget, then size.
 
   D is the budget over the FLOPs per token that the size's config has, rounded
-  to whole steps. Warm-up and decay given in steps become shares of the run, so
-  that runs of any length have the same schedule; the rest of the config stays,
-  the peak learning rate too.
+  to whole steps. Warm-up and decay take the same share of every run as of the
+  config's own, in whole steps; the rest of the config stays, the peak learning
+  rate too.
 
   Args:
     config: the family, see `moejax.scaling.sizes`.
@@ -76,10 +77,11 @@ def plan_points(
     advance: called when a size is found.
 
   Raises:
-    UserError: a size that the family has not, two that are one, or a budget of
-      fewer than FEWEST_STEPS steps.
+    UserError: a size that the family has not, two that are one, budgets that
+      give the same steps, or fewer than FEWEST_STEPS of them.
     ConfigError: a point that the config's other options do not allow.
   """
+  budgets = sorted(budgets)
   found: list[Size] = []
   for wanted in sorted(sizes):
     size = find_size(config, wanted, kind)
@@ -89,9 +91,22 @@ def plan_points(
         f"{size.params:,} parameters; leave one out"
       )
     found.append(size)
-  return [
-    _point(config, size, budget) for budget in sorted(budgets) for size in found
+    advance()
+  names = itertools.product(
+    _names("c", budgets), _names("n", [size.params for size in found])
+  )
+  points = [
+    _point(config, size, budget, "-".join(name))
+    for (budget, size), name in zip(itertools.product(budgets, found), names)
   ]
+  for one, other in zip(points, points[len(found) :]):
+    if one.steps == other.steps:
+      raise UserError(
+        f"budgets {scientific(one.budget, 6)} and "
+        f"{scientific(other.budget, 6)} are the same {one.steps} steps of "
+        f"{one.params:,} parameters; leave one out"
+      )
+  return points
 
 
 def sweep_of(points: list[PlannedPoint]) -> dict[str, dict[str, Any]]:
@@ -99,7 +114,18 @@ def sweep_of(points: list[PlannedPoint]) -> dict[str, dict[str, Any]]:
   return {point.name: point.options for point in points}
 
 
-def _point(config: Config, size: Size, budget: float) -> PlannedPoint:
+def _names(letter: str, numbers: list[float]) -> list[str]:
+  """The numbers in as few digits, three or more, as tell them apart."""
+  for digits in range(3, 18):  # 17 tell all floats apart
+    names = [letter + scientific(number, digits) for number in numbers]
+    if len(set(names)) == len(names):
+      break
+  return names
+
+
+def _point(
+  config: Config, size: Size, budget: float, name: str
+) -> PlannedPoint:
   per_token = train_flops_per_token(size.model, config.data.seq_len)
   batch = config.train.batch_size * config.data.seq_len
   steps = round(budget / per_token / batch)
@@ -115,10 +141,9 @@ def _point(config: Config, size: Size, budget: float) -> PlannedPoint:
       f"{size.params:,} parameters, fewer than {FEWEST_STEPS}; use {hint} "
       "larger budget or smaller sizes"
     )
-  options = size.options | {"train.num_steps": steps} | _shares(config)
+  options = size.options | {"train.num_steps": steps} | _schedule(config, steps)
   if not config.eval.every:
     options["eval.every"] = steps  # the end's validation is what is fitted
-  name = f"c{scientific(budget)}-n{scientific(size.params)}"
   try:
     made = with_options(config, options)
   except ConfigError as e:
@@ -131,17 +156,26 @@ def _point(config: Config, size: Size, budget: float) -> PlannedPoint:
   )  # fmt: skip
 
 
-def _shares(config: Config) -> dict[str, float]:
-  """Warm-up and decay in steps, as shares of the config's own run."""
-  schedule, steps = config.optimizer.schedule, config.train.num_steps
-  return {
-    f"optimizer.schedule.{name}": round(getattr(schedule, name) / steps, 6)
-    for name in ("warmup", "decay")
-    if getattr(schedule, name) >= 1
-  }
+def _schedule(config: Config, steps: int) -> dict[str, float]:
+  """Warm-up and decay of a run of `steps`, in proportion to the config's own.
+
+  In whole steps: a share of 1 would be read as one step, and two shares that
+  are rounded apart may not fit.
+  """
+  schedule, whole = config.optimizer.schedule, config.train.num_steps
+  warmup, decay = (
+    round(x * steps if x < 1 else x / whole * steps)
+    for x in (schedule.warmup, schedule.decay)
+  )
+  found = {"optimizer.schedule.warmup": float(warmup)}
+  if schedule.name == "wsd":
+    found["optimizer.schedule.decay"] = float(min(decay, steps - warmup))
+  return found
 
 
 def scientific(number: float, digits: int = 3) -> str:
   """12345678 as `1.23e7`, without the signs and zeros that %e writes."""
   mantissa, _, exponent = f"{number:.{digits - 1}e}".partition("e")
-  return f"{float(mantissa):g}e{int(exponent)}"
+  if digits > 1:
+    mantissa = mantissa.rstrip("0").rstrip(".")
+  return f"{mantissa}e{int(exponent)}"

@@ -11,12 +11,11 @@ from moejax.scaling.fit import (
   Estimate,
   Optimum,
   ScalingFit,
-  extrapolation,
   loss_law_estimates,
   optima,
   power_law_estimates,
 )
-from moejax.scaling.isoflop import valley_bias
+from moejax.scaling.isoflop import GAP, valley_bias
 from moejax.scaling.laws import HUNYUAN_LARGE
 from moejax.scaling.sweep import PlannedPoint, scientific
 
@@ -84,11 +83,12 @@ def _power_laws(fit: ScalingFit) -> list[str]:
     found = power_law_estimates(law, drawn and getattr(drawn, name))
     ours = f"{letter}_opt = {law.coefficient:.3g} C^{law.exponent:.4g}"
     lines.append(f"{ours:<26}{_range('exponent', found['exponent'])}")
-  n, d = HUNYUAN_LARGE.params, HUNYUAN_LARGE.tokens
-  lines.append(
-    f"to compare, Hunyuan-Large: N_opt = {n.coefficient} C^{n.exponent}, "
-    f"D_opt = {d.coefficient} C^{d.exponent}"
-  )
+  if fit.count == "active":
+    n, d = HUNYUAN_LARGE.params, HUNYUAN_LARGE.tokens
+    lines.append(
+      f"to compare, Hunyuan-Large: N_opt = {n.coefficient} C^{n.exponent}, "
+      f"D_opt = {d.coefficient} C^{d.exponent}"
+    )
   return lines
 
 
@@ -107,22 +107,32 @@ def _loss_law(fit: ScalingFit) -> list[str]:
 
 
 def _optima(fit: ScalingFit, flops: float) -> list[str]:
-  beyond = extrapolation(fit, flops)
-  where = "within the budgets tried"
-  if beyond > 1.001:
-    side = "beyond" if flops > fit.points.flops.max() else "below"
-    where = f"extrapolated: {beyond:.3g} times {side} the points"
+  rows = optima(fit, flops)
+  head = f"compute-optimal at {scientific(flops)} FLOPs"
+  if not rows:
+    return [f"{head}: no fit tells it"]
   return [
-    f"compute-optimal at {scientific(flops)} FLOPs ({where})",
-    f"  {'':<24}{'N':>26}{'D':>26}{'loss':>10}",
-    *(_optimum(row) for row in optima(fit, flops)),
+    head,
+    f"  {'':<20}{'N':>23}{'D':>23}{'loss':>7}{'extrapolated':>14}",
+    *(_optimum(row) for row in rows),
   ]
 
 
 def _optimum(row: Optimum) -> str:
   loss = "" if row.loss is None else f"{row.loss.value:.3f}"
-  cells = f"{_counts(row.params):>26}{_counts(row.tokens):>26}{loss:>10}"
-  return f"  {METHODS[row.method]:<24}{cells}".rstrip()
+  cells = f"{_counts(row.params):>23}{_counts(row.tokens):>23}{loss:>7}"
+  return f"  {METHODS[row.method]:<20}{cells}{_reach(row.beyond):>14}".rstrip()
+
+
+def _reach(beyond: float | None) -> str:
+  """Whether a fit is asked beyond its budgets; as near as GAP it is one."""
+  if beyond is None:
+    return ""
+  times = max(beyond, 1 / beyond)
+  if times <= GAP:
+    return "no"
+  shown = f"{times:.3g}" if times < 1000 else scientific(times, 2)
+  return f"{shown}x {'above' if beyond > 1 else 'below'}"
 
 
 def _counts(estimate: Estimate) -> str:
@@ -143,6 +153,10 @@ def _range(name: str, estimate: Estimate) -> str:
 def notes_of(fit: ScalingFit) -> list[str]:
   """What a reader of the numbers should know beside them."""
   notes = list(fit.points.notes)
+  if fit.count != "active":
+    notes.append(
+      "published laws count N with embedding tables, so none is told here"
+    )
   if fit.parametric is not None:
     notes += fit.parametric.notes
     if not fit.parametric.tells_optimum:
@@ -165,7 +179,7 @@ def _isoflop_notes(fit: ScalingFit) -> list[str]:
       "two valleys give a line, and nothing tells if a third lies on it; try "
       "another budget"
     )
-  if fit.isoflop.resampled is None:
+  if fit.isoflop.resampled is None and not fit.isoflop.failed:
     notes.append(
       "no interval of the valleys: three sizes a budget leave nothing to tell "
       "the noise from; try five"
@@ -178,9 +192,12 @@ def _isoflop_notes(fit: ScalingFit) -> list[str]:
       "not hold this"
     )
   if fit.isoflop.failed:
+    then = "and are left out: the intervals are too narrow"
+    if fit.isoflop.resampled is None:
+      then = "so they have no interval; try more sizes, further apart"
     notes.append(
       f"{fit.isoflop.failed} of {fit.resamples} resamples had a budget without "
-      "a valley and are left out: the intervals are too narrow"
+      f"a valley, {then}"
     )
   return notes
 
@@ -225,7 +242,6 @@ def fit_record(fit: ScalingFit, budgets: list[float]) -> dict[str, Any]:
   record["budgets"] = [
     {
       "flops": flops,
-      "times_beyond_points": extrapolation(fit, flops),
       "optima": [dataclasses.asdict(row) for row in optima(fit, flops)],
     }
     for flops in budgets

@@ -13,7 +13,9 @@ import pytest
 
 from moejax import runs
 from moejax.checkpoint.leaves import named_leaves
+from moejax.convert.slices import SliceWeights
 from moejax.convert.upcycle import Recipe, upcycle
+from moejax.errors import ConfigError
 from moejax.models import Rows, build
 from moejax.step import init_state
 from tests.convert.dense_runs import (
@@ -143,6 +145,58 @@ def test_noise_that_parts_slices_is_said(source, tmp_path, capsys):
   assert error(tmp_path / "moe", source) < 1e-5
 
 
+FULL, TORN, SUMS = (
+  "of random tokens find an expert full, at every step",
+  "the router's noise breaks the ties",
+  "a token's weights sum to 1 to 2",
+)
+SWITCH = "switch(group_size=32, k=2, renormalize=True, {})"
+ODD = "tests.convert.odd_routers."
+
+
+@pytest.mark.parametrize(
+  "granularity, router, said",
+  [
+    (1, SWITCH.format("capacity_factor=1.25"), {FULL}),
+    (1, SWITCH.format("jitter=0.01"), {FULL}),
+    (1, SWITCH.format("capacity_factor=4.0"), set()),  # a place for everybody
+    (2, SWITCH.format("capacity_factor=1.25"), {FULL}),
+    (2, SWITCH.format("capacity_factor=4.0, jitter=0.01"), {TORN}),
+    (2, SWITCH.format("jitter=0.01"), {FULL, TORN}),
+    (1, f"{ODD}sparing()", set()),
+    (2, f"{ODD}sparing()", {TORN}),
+    (1, f"{ODD}louder()", {SUMS}),
+  ],
+)
+def test_why_training_is_not_the_dense_model_is_said(granularity, router, said):
+  model = sparse(moe={"router": router, "d_expert": F // granularity}).model
+  lines = SliceWeights.of(model, granularity).report("")
+  assert lines[0].startswith("logits are the dense model's: ")
+  assert len(lines) == 1 + bool(said)
+  notes = "".join(lines[1:])
+  assert notes.startswith("note: not so in training: " if said else "")
+  assert {x for x in (FULL, TORN, SUMS) if x in notes} == said
+
+
+def test_how_many_find_an_expert_full():
+  """Two tokens share one place an expert: all pairs of choices, counted."""
+  full = []
+  for a in itertools.permutations(range(8), 2):
+    for b in itertools.permutations(range(8), 2):
+      full.append(a[1] == b[0])
+      full.append(b[0] == a[0] or b[1] in a)
+  router = "switch(group_size=2, k=2, renormalize=True, capacity_factor=0.5)"
+  weights = SliceWeights.of(sparse(moe={"router": router}).model, 1)
+  share = (weights.missing_T > 0).mean()
+  assert len(weights.missing_T) == 2048
+  assert abs(share - np.mean(full)) < 0.04  # four times its deviation at most
+  shown = f"{share:.0%} {FULL}"
+  assert shown in weights.report("")[1]
+  np.testing.assert_array_equal(
+    weights.train_TG[:, 0] < 1 - 1e-6, weights.missing_T > 0
+  )
+
+
 def test_what_a_dense_config_says_of_experts_does_not_matter(tmp_path):
   """Its default router asks for eight of the four."""
   moe = {"num_experts": 4, "d_expert": 7}
@@ -151,10 +205,19 @@ def test_what_a_dense_config_says_of_experts_does_not_matter(tmp_path):
   assert error(tmp_path / "moe", source) < 1e-5
 
 
-def test_every_weight_is_a_copy_or_drawn(tmp_path):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_every_weight_is_a_copy_or_drawn(stacked, tmp_path):
+  """Drawn as a fresh run does: stacked layers by other keys than layers apart.
+
+  The digest of what is made tells the two from each other.
+  """
   source = dense_run(tmp_path / "dense", scan_layers=True)
-  config = sparse(("attention/mlp", "attention/moe"), seed=5)
+  pattern = ("attention/mlp", "attention/moe")
+  config = sparse(pattern, seed=5, scan_layers=stacked)
   upcycle(source, config, tmp_path / "moe", PLAIN)
+  other = sparse(pattern, seed=5, scan_layers=not stacked)
+  with pytest.raises(ConfigError, match="holds another checkpoint"):
+    upcycle(source, other, tmp_path / "moe", PLAIN)
   old, new = leaves(source), leaves(tmp_path / "moe")
   fresh = init_state(config, build(config.model)).params
   for name in ("w_embed_VD", "w_output_VD", "final_norm/scale"):
@@ -166,7 +229,10 @@ def test_every_weight_is_a_copy_or_drawn(tmp_path):
     for name in (n.removeprefix(mine) for n in new if n.startswith(mine)):
       unseen.remove(mine + name)
       if name == "moe/w_router_DE":
-        want = fresh[f"repeats_{layer // 2}"]["block_1"]["moe"]["w_router_DE"]
+        r = layer // 2
+        repeat = fresh["repeats" if stacked else f"repeats_{r}"]
+        want = repeat["block_1"]["moe"]["w_router_DE"]
+        want = want[r] if stacked else want
       elif name.startswith("moe/"):
         of_mlp = name[4:].replace("_EDF", "_DF").replace("_EFD", "_FD")
         want = old[f"{theirs}mlp/{of_mlp}"][layer]

@@ -25,6 +25,7 @@ class Recipe:
   samples: tuple[str, ...] = ("x = 1\n",)
   loss_at: dict[int, float] = dataclasses.field(default_factory=dict)
   pattern: tuple[str, ...] = ()
+  validated: float = 16384.0
 
   def config(self) -> Config:
     pattern = self.pattern or (
@@ -71,6 +72,7 @@ def write_run(folder: Path, recipe: Recipe) -> Path:
           "validation/xent": loss(step) + 0.1,
           "validation/perplexity": np.exp(loss(step) + 0.1),
           "validation/bits_per_byte": 1.5 + 1 / step,
+          "validation/tokens": recipe.validated,
         })  # fmt: skip
         for text in recipe.samples:
           log.sample(step, "def f():\n", text)

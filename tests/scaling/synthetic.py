@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Points of a known law."""
 
+import dataclasses
+
 import numpy as np
 
-from moejax.scaling import SIX_ND, Points
+from moejax.scaling import SIX_ND, Points, PowerLaw
 
 BUDGETS = (1e18, 3e18, 1e19, 3e19, 1e20)
 
@@ -32,6 +34,24 @@ def points_of(
       rows.append((params, tokens, budget, loss))
   names = tuple(f"p{i}" for i in range(len(rows)))
   return Points(names, *np.array(rows).T)
+
+
+def take(points, indices):
+  """Some of the points."""
+  names = tuple(points.names[i] for i in indices)
+  columns = (points.params, points.tokens, points.flops, points.loss)
+  return Points(names, *(column[indices] for column in columns))
+
+
+def shaky_points(budgets, curvature=1e-6):
+  """Valleys at 0.1 C^0.5 that are far less deep than their noise is high.
+
+  Of four sizes, 1, -3, 3, -1 is what no parabola takes: the valleys stay where
+  they are, and resamples bend up or down by chance.
+  """
+  points = points_of(ValleyLaw(PowerLaw(0.1, 0.5), curvature), budgets, 4)
+  noise = np.tile([1e-3, -3e-3, 3e-3, -1e-3], len(budgets))
+  return dataclasses.replace(points, loss=points.loss + noise)
 
 
 class ValleyLaw:

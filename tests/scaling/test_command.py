@@ -7,12 +7,24 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from moejax import cli
 from moejax.__main__ import main
-from moejax.scaling import CHINCHILLA_REFITTED, SIX_ND, fit_points, optima
+from moejax.config import Config
+from moejax.scaling import (
+  CHINCHILLA_REFITTED,
+  SIX_ND,
+  fit_points,
+  optima,
+  plan_points,
+)
+from moejax.scaling.charts import power_law_chart
 from moejax.scaling.points import to_csv
+from moejax.scaling.sweep_file import write_sweep
+from moejax.sweep.spec import load_sweep, plan_runs
 from tests.report.synthetic import Recipe, write_run
-from tests.scaling.synthetic import points_of
+from tests.scaling.synthetic import points_of, shaky_points, take
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 LAW = CHINCHILLA_REFITTED
@@ -48,8 +60,10 @@ def test_a_fit_end_to_end(tmp_path, capsys):
       "isoflop", "parametric", "hunyuan_large", "chinchilla",
       "chinchilla_refitted",
     ]  # fmt: skip
-  assert record["budgets"][0]["times_beyond_points"] == 1
-  assert record["budgets"][1]["times_beyond_points"] == pytest.approx(100)
+  for near, beyond in zip(record["budgets"], (1, 100)):
+    assert [row["beyond"] for row in near["optima"]] == [
+      pytest.approx(beyond), pytest.approx(beyond), None, None, None,
+    ]  # fmt: skip
   assert record["problems"] == []
   (note,) = record["notes"]
   assert "parabolas would put N_opt" in note
@@ -62,8 +76,8 @@ def test_a_fit_end_to_end(tmp_path, capsys):
     tmp_path / "points.csv"
   ).read_text()
   told = capsys.readouterr().out
-  assert "compute-optimal at 5e19 FLOPs (within the budgets tried)" in told
-  assert "(extrapolated: 100 times beyond the points)" in told
+  ends = [x.split()[-2:] for x in told.splitlines() if "IsoFLOP valleys" in x]
+  assert ends[0][-1] == "no" and ends[1] == ["100x", "above"]
   assert max(map(len, told.splitlines())) <= 92
 
 
@@ -77,12 +91,72 @@ def test_the_same_points_give_the_same_bytes(tmp_path):
 
 
 def test_a_valley_outside_is_told(tmp_path, capsys):
-  points = points_of(LAW).take(np.arange(4, 35))
+  points = take(points_of(LAW), np.arange(4, 35))
   code, out = fit(tmp_path, points)
   assert code == 0
   assert "valley below the smallest size tried" in capsys.readouterr().out
   first = json.loads((out / "fit.json").read_text())["isoflop"]["valleys"][0]
   assert first["params"] is None
+
+
+def test_valleys_reach_no_further_than_those_that_are_used(tmp_path, capsys):
+  """The largest budget of five has small models only, and so no valley."""
+  points = take(points_of(LAW), np.arange(31))
+  code, out = fit(tmp_path, points, "--budget=1e17,1e20")
+  assert code == 0
+  record = json.loads((out / "fit.json").read_text())
+  low, high = record["budgets"]
+  assert low["optima"][0]["beyond"] == pytest.approx(0.1)
+  assert low["optima"][1]["beyond"] == pytest.approx(0.1)
+  assert high["optima"][0]["beyond"] == pytest.approx(1e20 / 3e19)
+  assert high["optima"][1]["beyond"] == 1
+  told = capsys.readouterr().out
+  rows = [x for x in told.splitlines() if x.startswith("  IsoFLOP valleys")]
+  assert rows[0].endswith("10x below") and rows[1].endswith("3.33x above")
+  rows = [x for x in told.splitlines() if x.startswith("  parametric loss")]
+  assert rows[0].endswith("10x below") and rows[1].endswith(" no")
+
+
+def test_few_resamples_with_valleys_end_in_a_note(tmp_path, capsys):
+  points = shaky_points(np.geomspace(1e18, 1e20, 9))
+  code, out = fit(tmp_path, points, "--budget=1e18")
+  assert code == 0
+  told = " ".join(capsys.readouterr().out.split())
+  assert "of 20 resamples had a budget without a valley, so they have" in told
+  assert "three sizes a budget" not in told
+  isoflop = json.loads((out / "fit.json").read_text())["isoflop"]
+  assert isoflop["params_opt"]["exponent"]["low"] is None
+  assert isoflop["failed_resamples"] > 10
+  assert (out / "power_laws.png").is_file()
+
+
+def test_published_laws_count_embedding_tables(tmp_path, capsys):
+  """So they are not told beside a count without."""
+  points, budget = points_of(LAW, noise=1e-3), "--budget=1e19"
+  (tmp_path / "points.csv").write_text(to_csv(points, "non-embedding"))
+  out = tmp_path / "out"
+  assert main([
+    "scaling", "fit", str(tmp_path / "points.csv"), f"--out={out}",
+    "--resamples=20", budget, "--count=non-embedding",
+  ]) == 0  # fmt: skip
+  told = capsys.readouterr().out
+  assert "Hunyuan" not in told and "Chinchilla" not in told
+  assert "note: published laws count N with embedding tables" in told
+  record = json.loads((out / "fit.json").read_text())
+  assert [row["method"] for row in record["budgets"][0]["optima"]] == [
+    "isoflop", "parametric",
+  ]  # fmt: skip
+  without = fit_points(points, "non-embedding", resamples=20)
+  for case, there in (
+    (without, False),
+    (fit_points(points, resamples=20), True),
+  ):
+    chart = power_law_chart(case, [1e19])
+    figure = Figure()
+    chart.draw(figure, False)
+    labels = figure.axes[1].get_legend_handles_labels()[1]
+    assert ("Hunyuan-Large" in labels) == there
+    assert ("published laws" in chart.note) == there
 
 
 def test_without_budgets_the_parametric_law_remains(tmp_path, capsys):
@@ -139,22 +213,74 @@ def test_folders_of_runs(tmp_path, capsys):
   assert "3 points of 1 sizes" in capsys.readouterr().err
 
 
-def test_points_are_planned_and_written(tmp_path, capsys):
-  path = tmp_path / "sweep.json"
-  command = [
-    "scaling", "points", f"--config={CONFIGS / 'tiny.py'}",
-    "--budgets=1e13,3e13", "--sizes=2e5,4e5,8e5", f"--write={path}",
-    "--config.train.batch_size=4",
+PLAN = [
+  "scaling", "points", f"--config={CONFIGS / 'tiny.py'}",
+  "--budgets=1e13,3e13", "--sizes=2e5,4e5,8e5",
+]  # fmt: skip
+
+
+def test_the_planned_points_are_what_a_sweep_runs(
+  tmp_path, capsys, monkeypatch
+):
+  """Options of the command line too; whatever the working directory is."""
+  path = tmp_path / "study" / "sweep.py"
+  path.parent.mkdir()
+  extra = [
+    "--config.train.batch_size=4", "--config.eval.every=0", "--config.seed=3",
+    "--config.model.moe.router=top_k(k=3, score='sigmoid')",
+    "--config.data.sources=a.txt,b.txt", "--config.data.weights=0.25,0.75",
   ]  # fmt: skip
-  assert main(command) == 0
-  sweep = json.loads(path.read_text())
-  assert len(sweep) == 6
+  assert main([*PLAN, f"--write={path}", *extra]) == 0
   told = capsys.readouterr().out
-  for name, options in sweep.items():
-    assert {"model.d_model", "train.num_steps"} <= set(options)
-    row = next(x for x in told.splitlines() if x.startswith(name))
-    assert str(options["train.num_steps"]) in row.split()
   assert "6 runs, 1.2e+14 FLOPs together" in told
+  assert f"moejax sweep --sweep={path}" in told
+  config = cli.parse_config(str(CONFIGS / "tiny.py"), extra)
+  wanted = plan_points(config, [1e13, 3e13], [2e5, 4e5, 8e5])
+  monkeypatch.chdir(tmp_path)
+  planned = plan_runs(load_sweep("study/sweep.py"))
+  assert [run.name for run in planned] == [f"{p.name}/seed_3" for p in wanted]
+  assert [run.config for run in planned] == [p.config for p in wanted]
+  for point in wanted:
+    row = next(x for x in told.splitlines() if x.startswith(point.name))
+    assert str(point.steps) in row.split()
+  text = path.read_text()
+  assert text.startswith('# SPDX-License-Identifier: Apache-2.0\n"""IsoFLOP')
+  assert max(map(len, text.splitlines())) <= 80
+
+  command = ["sweep", "--dry-run", f"--sweep={path}", f"--workdir={tmp_path}/w"]
+  assert main(command) == 0
+  listed = capsys.readouterr().out
+  assert "IsoFLOP points of tiny.py: 3 sizes x 2 budgets" in listed
+  assert "6 points, 6 runs" in listed
+  assert all(f"{p.name}/seed_3" in listed for p in wanted)
+
+
+def test_a_config_is_found_from_a_folder_behind_a_link(tmp_path):
+  """`link/..` is where the link leads to."""
+  deep = tmp_path / "a" / "b" / "c"
+  deep.mkdir(parents=True)
+  (tmp_path / "link").symlink_to(deep)
+  (tmp_path / "my.py").write_text(
+    "from moejax.config import default_config\n\n\ndef get_config(size):\n"
+    "  assert size == 'small'\n  return default_config()\n"
+  )
+  path = tmp_path / "link" / "sweep.py"
+  points = plan_points(Config(), [1e20], [1e9])
+  write_sweep(path, points, str(tmp_path / "my.py:small"), [])
+  (run,) = plan_runs(load_sweep(str(path)))
+  assert run.config == points[0].config
+
+
+def test_where_a_sweep_cannot_be_written(tmp_path, capsys):
+  (tmp_path / "mine.py").write_text("# work of a day")
+  for name, said in (
+    ("points.json", "moejax sweep reads Python; use points.py"),
+    ("mine.py", "is there already"),
+    ("none/sweep.py", "cannot write"),
+  ):
+    assert main([*PLAN, f"--write={tmp_path / name}"]) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
+  assert (tmp_path / "mine.py").read_text() == "# work of a day"
 
 
 def test_a_size_that_is_no_likeness_is_told(capsys):

@@ -17,7 +17,13 @@ from moejax.scaling import (
 )
 from moejax.scaling.fit import interval
 from moejax.scaling.isoflop import budgets_of, valley_bias
-from tests.scaling.synthetic import BUDGETS, ValleyLaw, points_of
+from tests.scaling.synthetic import (
+  BUDGETS,
+  ValleyLaw,
+  points_of,
+  shaky_points,
+  take,
+)
 
 TRUTH = PowerLaw(0.1, 0.5)
 
@@ -134,7 +140,7 @@ def test_the_same_seed_gives_the_same_interval():
 def test_a_valley_outside_is_said_and_not_used(keep, said):
   points = points_of(ValleyLaw(TRUTH))
   kept = np.r_[np.arange(7)[keep], np.arange(7, 35)]
-  fit = fit_isoflop(points.take(kept), 20, 0)
+  fit = fit_isoflop(take(points, kept), 20, 0)
   first = fit.valleys[0]
   assert said in first.problem
   assert first.params is first.tokens is first.loss is None
@@ -181,9 +187,32 @@ def test_three_sizes_have_no_interval():
   assert fit.frontier.params.exponent == pytest.approx(0.5, rel=1e-9)
 
 
+@pytest.mark.parametrize(
+  "budgets, kept", [(2, (25, 75)), (3, (0, 49)), (9, (0, 3))]
+)
+def test_where_few_resamples_have_valleys_there_is_no_interval(budgets, kept):
+  """Half of each budget's, so 2^-G of G budgets: at nine maybe none at all."""
+  points = shaky_points(np.geomspace(1e18, 1e20, budgets))
+  for seed in range(3):
+    fit = fit_isoflop(points, 200, seed)
+    assert fit.frontier.params.exponent == pytest.approx(0.5, rel=1e-6)
+    left = 200 - fit.failed
+    assert kept[0] <= left / 2 <= kept[1]
+    assert (fit.resampled is None) == (fit.valley_params_RG is None)
+    assert (fit.resampled is None) == (left < 100)
+
+
+def test_an_interval_is_of_the_resamples_that_are_left():
+  points = shaky_points((1e18, 1e19), curvature=2e-3)
+  fit = fit_isoflop(points, 200, 0)
+  assert 0 < fit.failed < 100
+  assert fit.resampled.params.exponent.shape == (200 - fit.failed,)
+  assert fit.valley_params_RG.shape == (200 - fit.failed, 2)
+
+
 def test_repeats_of_a_size_count_as_points():
   points = points_of(ValleyLaw(TRUTH), sizes=3)
-  twice = points.take(np.r_[np.arange(15), np.arange(15)])
+  twice = take(points, np.r_[np.arange(15), np.arange(15)])
   assert isinstance(twice, Points)
   fit = fit_isoflop(twice, 20, 0)
   assert fit.resampled is not None

@@ -25,6 +25,12 @@ def test_hunyuan_larges_sizes_and_compute_are_those_published():
   assert SIX_ND.flops(58.1e9, 5.6e12) < 2e24
 
 
+@pytest.mark.parametrize("params, share", [(10e6, 0.71), (1.2e6, 0.95)])
+def test_the_constants_share_is_what_the_docs_say(params, share):
+  constant = hunyuan_large_flops(0, 1) / hunyuan_large_flops(params, 1)
+  assert constant == pytest.approx(share, abs=0.005)
+
+
 @pytest.mark.parametrize(
   "law, exponent, places",
   # Table 2 of arXiv:2203.15556 (0.46, of numbers less rounded); section 4 of

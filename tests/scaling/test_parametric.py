@@ -11,7 +11,7 @@ from moejax.errors import UserError
 from moejax.scaling import CHINCHILLA, CHINCHILLA_REFITTED, LossLaw, fit_loss
 from moejax.scaling.fit import interval
 from moejax.scaling.parametric import HUBER_WIDTH, _Problem
-from tests.scaling.synthetic import points_of
+from tests.scaling.synthetic import points_of, take
 
 SMALL = LossLaw(1.1, 30.0, 90.0, 0.22, 0.31)
 FIELDS = [field.name for field in dataclasses.fields(LossLaw)]
@@ -141,7 +141,7 @@ def test_each_draw_is_told_and_the_same_seed_draws_the_same():
 def test_too_few_points(kept, said):
   points = points_of(CHINCHILLA)
   with pytest.raises(UserError, match=said):
-    fit_loss(points.take(np.arange(35)[kept]), 0, 0)
+    fit_loss(take(points, np.arange(35)[kept]), 0, 0)
 
 
 def test_one_size_is_not_enough():

@@ -67,6 +67,37 @@ def test_runs_on_other_data_are_not_compared(tmp_path):
     read_points([str(tmp_path / name) for name in "ab"])
 
 
+@pytest.mark.parametrize("more", [1, 2, 16])
+def test_runs_validated_on_other_tokens_are_not_compared(tmp_path, more):
+  write_run(tmp_path / "a", Recipe(validated=16384))
+  write_run(tmp_path / "b", Recipe(validated=16384 * (1 + more / 16)))
+  message = f"a and b were validated on 16,384 and {16384 + 1024 * more:,} tok"
+  with pytest.raises(DataError, match=message):
+    read_points([str(tmp_path / name) for name in "ba"])
+
+
+def test_batches_of_validation_may_differ_where_its_tokens_do_not(tmp_path):
+  for name in "ab":
+    write_run(tmp_path / name, Recipe())
+  for key, value in (
+    ("num_batches", 32), ("batch_size", 4), ("every", 7), ("sample_tokens", 9),
+  ):  # fmt: skip
+    edit_config(tmp_path / "b", "eval", key, value)
+  assert read_points([str(tmp_path / name) for name in "ab"]).notes == ()
+
+
+def test_runs_of_a_sweep_have_names_of_their_own(tmp_path):
+  folders = [tmp_path / "one" / f"p{i}" / "seed_0" for i in range(2)]
+  folders.append(tmp_path / "other" / "seed_1")
+  for folder in folders:
+    write_run(folder, Recipe())
+  points = read_points([str(folder) for folder in folders])
+  assert points.names == ("one/p0/seed_0", "one/p1/seed_0", "other/seed_1")
+  assert read_points([str(f) for f in folders[1:]]).names == (
+    "seed_0", "seed_1",
+  )  # fmt: skip
+
+
 def test_what_else_differs_is_noted_and_sizes_are_not(tmp_path):
   write_run(tmp_path / "a", Recipe())
   write_run(tmp_path / "b", Recipe(layers=4, experts=8, steps=60, done=60))
@@ -83,6 +114,15 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
   assert again.names == points.names
   for name in ("params", "tokens", "flops", "loss"):
     np.testing.assert_array_equal(getattr(again, name), getattr(points, name))
+
+
+def test_a_tables_column_says_what_n_counts(tmp_path):
+  points = points_of(LAW)
+  (tmp_path / "p.csv").write_text(to_csv(points, "non-embedding"))
+  again = read_points([str(tmp_path / "p.csv")], "non-embedding")
+  np.testing.assert_array_equal(again.params, points.params)
+  with pytest.raises(DataError, match="no column active_params"):
+    read_points([str(tmp_path / "p.csv")])
 
 
 def test_a_json_table_without_flops_counts_6nd(tmp_path):

@@ -11,6 +11,7 @@ from moejax.errors import ConfigError, UserError
 from moejax.models import count
 from moejax.scaling import plan_points, sweep_of
 from moejax.scaling.sizes import find_size, params_of
+from moejax.scaling.sweep import _names
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYSTEMS = sorted(path.stem for path in CONFIGS.glob("*.py"))
@@ -132,6 +133,65 @@ def test_schedules_of_all_lengths_have_one_shape():
     warmup, decay = schedule.lengths(point.steps)
     assert warmup == pytest.approx(0.08 * point.steps, abs=1)
     assert decay == pytest.approx(0.2 * point.steps, abs=1)
+
+
+SCHEDULE = "--config.optimizer.schedule."
+
+
+@pytest.mark.parametrize(
+  "warmup, decay, name, shares",
+  [
+    (500, 0, "cosine", (1, 0)),
+    (500, 0, "wsd", (1, 0)),
+    (0, 500, "wsd", (0, 1)),
+    (250, 250, "wsd", (0.5, 0.5)),
+    (0.5, 250, "wsd", (0.5, 0.5)),
+    (250, 0.5, "wsd", (0.5, 0.5)),
+    (0.5, 0.5, "wsd", (0.5, 0.5)),
+    (1, 499, "wsd", (0.002, 0.998)),
+    (0.0, 0.1, "linear", (0, 0)),
+  ],
+)
+def test_schedules_that_fill_the_run_do_so_at_any_length(
+  warmup, decay, name, shares
+):
+  """tiny.py has 500 steps; a share of 1 would be read as one step."""
+  config = read(
+    "tiny", f"{SCHEDULE}warmup={float(warmup)}",
+    f"{SCHEDULE}decay={float(decay)}", f"{SCHEDULE}name={name}",
+  )  # fmt: skip
+  budgets = [1e13 * 1.13**i for i in range(8)]
+  points = plan_points(config, budgets, [4e5])
+  assert {p.steps % 2 for p in points} == {0, 1}
+  for point in points:
+    found = point.config.optimizer.schedule.lengths(point.steps)
+    assert sum(found) <= point.steps
+    for steps, share in zip(found, shares):
+      assert steps == pytest.approx(share * point.steps, abs=1)
+
+
+@pytest.mark.parametrize("budgets", [[1e13, 1e13], [1e13, 1.00001e13, 1e13]])
+def test_budgets_that_are_one(budgets):
+  with pytest.raises(UserError, match="the same [0-9]+ steps of 384,856 param"):
+    plan_points(read("tiny"), budgets, [4e5])
+
+
+def test_names_have_the_digits_that_tell_points_apart():
+  points = plan_points(read("tiny"), [1e13, 1.004e13], [2e5, 4e5])
+  assert len(sweep_of(points)) == 4
+  assert {p.name.partition("-")[0] for p in points} == {"c1e13", "c1.004e13"}
+  close = [1.0, 1.0 + 2**-52, 1.00000001]
+  names = _names("c", [1e13 * x for x in close])
+  assert len(set(names)) == 3
+  assert [float(name[1:]) for name in names] == [1e13 * x for x in close]
+
+
+def test_each_size_found_is_progress():
+  found = []
+  plan_points(
+    read("tiny"), [1e13, 3e13], [2e5, 4e5], advance=lambda: found.append(1)
+  )
+  assert len(found) == 2
 
 
 def test_a_size_that_the_tables_alone_exceed():
