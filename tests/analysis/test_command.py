@@ -96,7 +96,7 @@ def test_the_page_says_how_to_read_each_picture_and_what_chance_is(trained):
     ), note
   shown = " ".join(found.text["main"])
   for words in (
-    "step 16, compared with run:8", "2 routers, 4 experts, 2 a token", "papers",
+    "step 16, compared with 8", "2 routers, 4 experts, 2 a token", "papers",
     "wikipedia", "expert\xa03", "by the predicted next token",
   ):  # fmt: skip
     assert words in shown

@@ -113,7 +113,8 @@ def test_what_cannot_be_compared_or_found(place, tmp_path):
   ):
     with pytest.raises(CheckpointError, match=message):
       analysis.find([name])
-  for name in (f"{run}x", f"{run}x:3", f"{run}x:all", str(place)):
+  no_numbers = [f"{run}{x}" for x in (":\u00b2", "/\u00b2", ":\u0663")]
+  for name in (f"{run}x", f"{run}x:3", f"{run}x:all", str(place), *no_numbers):
     with pytest.raises(DataError, match="is not the folder of a run"):
       analysis.find([name])
   make_run(tmp_path / "deep", num_layers=2)

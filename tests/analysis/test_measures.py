@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax import analysis
-from moejax.analysis import counts, measures, surveys
+from moejax.analysis import counts, measures, surveys, vocabulary
 from moejax.analysis.surveys import Overlap, Survey
 from moejax.config import ParallelConfig
 from moejax.errors import ConfigError
@@ -152,6 +152,14 @@ def test_vocabulary_specialisation(found, tokens, q, kind):
     assert top == pytest.approx(np.mean(tops), rel=1e-12)
 
 
+def visible(tokenizer, number):
+  """What the tokenizer says that an id is, if it is a whole character."""
+  own = tokenizer.decode([number])
+  whole = own and "\ufffd" not in own
+  shown = own.translate(str.maketrans(" \n\t\r", "␣⏎⇥␍"))
+  return shown if whole else f"#{number}"
+
+
 def test_the_table_of_tokens(found, tokens, run_and_plan):
   run, _ = run_and_plan
   table = analysis.token_table(found, run.tokenizer, per_expert=3)
@@ -170,7 +178,9 @@ def test_the_table_of_tokens(found, tokens, run_and_plan):
       np.mean([expert in t.chosen for t in group]), rel=1e-12
     )
     assert top_share > 0
-    assert text == {32: "␣", 10: "⏎"}[number] if number in (32, 10) else text
+    assert text == visible(run.tokenizer, number)
+  for number, text in ((32, "␣"), (10, "⏎"), (97, "a"), (200, "#200")):
+    assert vocabulary.spell(run.tokenizer, number) == text
   # Of each expert the most specialised, in order, and none above left out.
   seen = [t for t in tokens[3] if t.ids[0] is not None]
   for expert in range(E):
