@@ -53,11 +53,13 @@ def analyze(
 
   Raises:
     DataError: text is missing, unreadable or less than a window.
+    ConfigError: the plan's tokens are less than a window of each domain.
     UserError: the folder cannot be written.
   """
   last, folder = checkpoints[-1], pathlib.Path(folder)
   config = runs.read_config(last.folder)
   tokenizer = runs.read_tokenizer(last.folder)
+  plan.num_rows(config.data)  # refuses too few before anything is computed
   text.require_text(plan.domains, tokenizer, config.data)
   try:
     folder.mkdir(parents=True, exist_ok=True)

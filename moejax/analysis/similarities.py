@@ -82,7 +82,7 @@ def sample_inputs(run: Run, plan: Plan) -> np.ndarray:
   rng, found = np.random.default_rng(0), []
   each = -(-plan.sample // len(plan.domains))
   for name in plan.domains:
-    batch = next(plan.batches_of(name, run))
+    batch = next(plan.batches_of(name, run.tokenizer, run.config.data))
     put = device_batch(batch, run.model.placement)
     x_LTD = _inputs(run.model, run.variables, put)
     real = np.flatnonzero(batch["segment_ids"].reshape(-1))

@@ -184,6 +184,9 @@ def test_other_models_have_a_page_too(tmp_path, model, monkeypatch, capsys):
     (["--data=short.txt"],
      "domain short has 7 tokens, less than one window of data.seq_len=32"),
     (["--data=code", "--tokens=0"], "--tokens=0 is not in [1, 2147483647]"),
+    (["--data=code", "--data=prose", "--tokens=63"],
+     "--tokens=63 is less than a window of data.seq_len=32 for each domain; "
+     "give at least 64"),
     (["--data=code", "--batch-size=-1"], "--batch-size=-1 is negative"),
     (["--data=code", "--min-count=0"], "--min-count=0 must be positive"),
     (["--data=code", "--sample=0"], "--sample=0 must be positive"),

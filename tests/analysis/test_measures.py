@@ -50,7 +50,7 @@ def tokens(run_and_plan):
   run, plan = run_and_plan
   routers: list[list[Token]] = [[] for _ in range(4)]
   forward = jax.jit(run.model.apply)
-  for name, batch in plan.batches(run):
+  for name, batch in plan.batches(run.tokenizer, run.config.data):
     rows = Rows(*map(jnp.asarray, (batch["segment_ids"], batch["positions"])))
     made = analysis.choices(run.model, run.variables, batch["tokens"], rows)
     made = jax.device_get(made)
