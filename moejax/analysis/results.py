@@ -83,8 +83,8 @@ def write_table(
 def _(result: measures.Saturation):
   return {
     "steps": result.steps_M, "share": result.share_ML,
-    "top_share": result.top_share_ML, "chance": result.chance_L,
-    "top_chance": result.top_chance,
+    "top_share": result.top_share_ML, "chance": result.chance_ML,
+    "top_chance": result.top_chance_ML,
   }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def _(result: measures.Saturation):
   return long_table(
     {"step": result.steps_M, "router": result.routers},
     {"share": result.share_ML, "top_share": result.top_share_ML,
-     "chance": result.chance_L[None], "top_chance": result.top_chance},
+     "chance": result.chance_ML, "top_chance": result.top_chance_ML},
   )  # fmt: skip
 
 

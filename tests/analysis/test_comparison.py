@@ -92,7 +92,7 @@ def test_saturation_against_a_loop_over_tokens(place, plan):
       np.testing.assert_allclose(have, [np.mean(shared), same], rtol=1e-12)
   np.testing.assert_array_equal(result.share_ML[2], 1.0)
   assert result.share_ML[0].max() < 0.9
-  np.testing.assert_allclose(result.chance_L, K / E, rtol=1e-12)
+  np.testing.assert_allclose(result.chance_ML, K / E, rtol=1e-12)
 
 
 def test_a_checkpoint_is_saturated_with_itself(place, plan):
