@@ -79,7 +79,7 @@ def _named(name: str) -> list[Checkpoint]:
   folder = path.parent
   if folder.name == runs.checkpoint_folder("").name:
     folder = folder.parent
-  if path.name.isdigit() and _is_run(folder):
+  if _is_number(path.name) and _is_run(folder):
     return [_at(folder, int(path.name))]
   text, colon, step = name.rpartition(":")
   if colon and step == "all":
@@ -87,11 +87,16 @@ def _named(name: str) -> list[Checkpoint]:
     runs.read_config(folder)  # says what is wrong with a folder that is no run
     steps = _reader(folder).steps() or [_newest(folder)]
     return [Checkpoint(folder, number) for number in steps]
-  if colon and step.isdigit():
+  if colon and _is_number(step):
     runs.read_config(text)
     return [_at(Path(text), int(step))]
   runs.read_config(path)
   return [Checkpoint(path, _newest(path))]
+
+
+def _is_number(text: str) -> bool:
+  """Whether `int` reads it, in ASCII digits alone."""
+  return text.isascii() and text.isdecimal()
 
 
 def _is_run(folder: Path) -> bool:

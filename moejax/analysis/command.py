@@ -53,18 +53,25 @@ def analyze(
 
   Raises:
     DataError: text is missing, unreadable or less than a window.
+    ConfigError: the plan's tokens are less than a window of each domain.
     UserError: the folder cannot be written.
   """
   last, folder = checkpoints[-1], pathlib.Path(folder)
   config = runs.read_config(last.folder)
   tokenizer = runs.read_tokenizer(last.folder)
+  plan.num_rows(config.data)  # refuses too few before anything is computed
   text.require_text(plan.domains, tokenizer, config.data)
   try:
     folder.mkdir(parents=True, exist_ok=True)
     surveys = survey_all(checkpoints, plan, folder)
     found, left_out = measure(surveys, min_count)
     if surveys[-1].num_experts > 1:
-      found["similarity"] = similarity(last.load(), plan)
+      found["similarity"] = alike = similarity(last.load(), plan)
+      if alike.num_tokens < plan.sample:
+        left_out.append(
+          f"similarity: only {alike.num_tokens} of --sample={plan.sample} "
+          "tokens, for want of text"
+        )
     for line in left_out:
       print(f"note: {line}")
     tokens = None
@@ -121,13 +128,27 @@ def _write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
   record |= {
     name: results.summary(result) for name, result in found.results.items()
   }
-  results.write_json(folder / "summary.json", record)
+  summary = folder / "summary.json"
+  again = summary.is_file()
+  results.write_json(summary, record)
   paths = [
     results.write_table(folder, name, table) for name, table in tables.items()
   ]
   if paths[0].suffix == ".csv":
     print("note: tables are CSV files; Parquet: pip install 'moejax[parquet]'")
-  return page.write(found, folder)
+  paths += page.write(found, folder)
+  if again:
+    _remove_others(folder, {path.name for path in paths})
+  return paths[-1]
+
+
+def _remove_others(folder: pathlib.Path, written: set[str]) -> None:
+  """Deletes tables and pictures of the page that was in this folder before."""
+  tables = (*page.HEADINGS, "tokens")
+  known = {f"{name}{suffix}" for name in tables for suffix in results.SUFFIXES}
+  known |= {f"{name}.png" for name in page.PICTURES}
+  for name in sorted(known - written):
+    (folder / name).unlink(missing_ok=True)
 
 
 def _facts(

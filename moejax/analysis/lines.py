@@ -22,6 +22,7 @@ from moejax.report.charts import (
   Chart,
   head_axis,
   legend,
+  note_on_line,
   number,
   percent,
   reference_line,
@@ -36,17 +37,17 @@ MAX_CHECKPOINTS = 5
 def saturation_chart(result: Saturation) -> Chart:
   """Two panels: the best expert, and all of a token's."""
   panels = (
-    ("best expert of a token", result.top_share_ML, result.top_chance),
-    ("all experts of a token", result.share_ML, np.mean(result.chance_L)),
+    ("best expert of a token", result.top_share_ML, result.top_chance_ML),
+    ("all experts of a token", result.share_ML, result.chance_ML),
   )
 
   def draw(figure: Any, narrow: bool) -> None:
     axes = _panels(figure, narrow, sharey=True)
-    for ax, (name, share_ML, chance) in zip(axes, panels):
+    for ax, (name, share_ML, chance_ML) in zip(axes, panels):
       x = checkpoint_axis(ax, result.steps_M)
       _router_lines(ax, result.routers, x, share_ML)
       _share_axis(ax, f"share of the last choice, {name}")
-      reference_line(ax, chance, f"chance {100 * chance:.3g}\u00a0%")
+      _chance_line(ax, x, chance_ML.mean(1))
     _depth_key(figure, axes, result.routers)
 
   first = percent(np.nanmean(result.share_ML[0]))
@@ -59,7 +60,7 @@ def saturation_chart(result: Saturation) -> Chart:
     "Router saturation: of the experts that a token has at the last "
     "checkpoint, the share that it has at an earlier one too; a line a layer. "
     "100 % is settled for good. Two routers that know nothing of each other "
-    "share k/E, the dashed line."
+    "share k/E, the dashed line, k being the earlier one's."
   )
   return Chart("saturation", title, note, draw, (FULL, 330), (348, 580))
 
@@ -126,7 +127,8 @@ def entropy_chart(result: Entropy) -> Chart:
     "largest entropy"
   )
   note = (
-    "Mean entropy of the router's probabilities over ln E, by layer. Near 0 "
+    "Mean entropy of the router's probabilities over ln E, by layer (null "
+    "experts, where a router has them, are among the E). Near 0 "
     "the router is sure of one expert; a router that prefers none is at 100 %, "
     "the dashed line."
   ) + _attention_note(result.routers)
@@ -235,6 +237,17 @@ def _panels(figure: Any, narrow: bool, sharey: bool) -> Any:
   """Two: beside each other, or one above the other."""
   shape = (2, 1) if narrow else (1, 2)
   return figure.subplots(*shape, sharey=sharey, squeeze=False).ravel()
+
+
+def _chance_line(ax: Any, x: np.ndarray, chance_M: np.ndarray) -> None:
+  """Dashed, with its value or its range written at the last checkpoint."""
+  low, high = (f"{100 * f(chance_M):.3g}" for f in (np.min, np.max))
+  values = high if low == high else f"{low} to {high}"
+  ax.plot(
+    x, chance_M, color=LIGHT["soft"], linewidth=1.0, linestyle=(0, (4, 3))
+  )
+  falls = chance_M[0] > chance_M[-1] + 0.02  # through a text above it
+  note_on_line(ax, chance_M[-1], f"chance {values}\u00a0%", below=falls)
 
 
 def _share_axis(ax: Any, name: str) -> None:

@@ -33,7 +33,7 @@ def co_activation_chart(result: CoActivation) -> Chart:
   chance = float(np.nanmean(result.chance_L))
   router = int(np.nanmax(result.share_LEE, axis=(1, 2)).argmax())
   shown = shown_routers(len(result.routers), router)
-  panels = [_strongest(result.share_LEE[i]) for i in shown]
+  panels = [strongest(result.share_LEE[i]) for i in shown]
   high = max(
     [2 * chance, *(np.nanmax(share, initial=0) for _, share in panels)]
   )
@@ -160,7 +160,7 @@ def similarity_map_chart(result: Similarity) -> Chart:
   for i in shown:
     cosine_EE = result.outputs_LEE[i].astype(float)
     np.fill_diagonal(cosine_EE, np.nan)
-    panels.append(_strongest(cosine_EE))
+    panels.append(strongest(cosine_EE))
   high = max(0.1, *(np.nanmax(np.abs(x), initial=0) for _, x in panels))
 
   def draw(figure: Any, narrow: bool) -> None:
@@ -191,12 +191,18 @@ def similarity_map_chart(result: Similarity) -> Chart:
   return Chart("similarity_map", title, note, draw, (FULL, 430), (348, 980))
 
 
-def _strongest(values_EE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The experts with the highest values, and the values among them."""
-  best_E = np.nanmax(
-    np.where(np.isnan(values_EE), -np.inf, values_EE), axis=1, initial=-np.inf
-  )
-  kept = np.sort(np.argsort(-best_E, kind="stable")[:MAX_EXPERTS])
+def strongest(values_EE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The experts of the highest values (NaN is none), and the values among them.
+
+  Pair by pair from the highest value, which `argmax` finds, until there are
+  `MAX_EXPERTS`: the partner of a shown expert's best value is shown too, even
+  if the partner's own row is low.
+  """
+  values = np.where(np.isnan(values_EE), -np.inf, values_EE)
+  order = np.argsort(-values, axis=None, kind="stable")
+  experts = np.stack(np.unravel_index(order, values.shape), axis=1).ravel()
+  kept, first = np.unique(experts, return_index=True)
+  kept = np.sort(kept[np.argsort(first)[:MAX_EXPERTS]])
   return kept, values_EE[np.ix_(kept, kept)]
 
 

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moejax.analysis.chance import largest_shares
 from moejax.analysis.counts import KINDS, Tally
 from moejax.analysis.surveys import Survey
 from moejax.errors import ConfigError
-
-# Ids that the chance level of vocabulary specialisation is drawn for.
-_DRAWN_IDS = 500
-_DRAWS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +24,21 @@ class Saturation:
   Attributes:
     routers: names.
     steps_M: of the checkpoints, the last among them.
-    share_ML: mean |E_t n E_T| / k, E_t a token's experts at step t.
+    share_ML: |E_t n E_T| / |E_T|, E_t a token's experts at step t, as a ratio
+      of sums over tokens. With a fixed k this is the mean over tokens; else
+      those with more experts count for more, and those with none do not.
     top_share_ML: the same for the best expert alone.
-    chance_L, top_chance: of two routers that do not know of each other.
+    chance_ML: of a router that knows nothing of the last one and is even,
+      k_t / E with its own k_t, which may differ from the last one's.
+    top_chance_ML: 1 / E of the tokens that have an expert.
   """
 
   routers: tuple[str, ...]
   steps_M: np.ndarray
   share_ML: np.ndarray
   top_share_ML: np.ndarray
-  chance_L: np.ndarray
-  top_chance: float
+  chance_ML: np.ndarray
+  top_chance_ML: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class DomainSpecialisation:
     share_ULE: by expert among the k of a token.
     top_share_ULE: by best expert.
     tokens_U: N(D).
-    chance_L: k / E; of the best expert it is 1 / E.
+    chance_L: k / E; of the best expert it is 1 / E, if all tokens have one.
   """
 
   routers: tuple[str, ...]
@@ -92,8 +93,8 @@ class VocabularySpecialisation:
     share_QL: by expert among the k of a token.
     top_share_QL: by best expert.
     chance_QL, top_chance_QL: of a router that sees no token but has the same
-      loads, drawn for as many occurrences; the best of E chance shares lies
-      above k / E.
+      loads and as many experts a token, drawn for as many occurrences; the best
+      of E chance shares lies above k / E.
     min_count: occurrences that an id needs.
   """
 
@@ -129,7 +130,8 @@ class Entropy:
   Attributes:
     routers: names.
     steps_M: of the checkpoints.
-    share_ML: 1 is no preference, 0 is always sure of one expert.
+    share_ML: 1 is no preference, 0 is always sure of one expert. A router's
+      null experts are among the E.
   """
 
   routers: tuple[str, ...]
@@ -152,6 +154,9 @@ def saturation(surveys: Sequence[Survey]) -> Saturation:
   L = len(last.routers)
   whole = np.ones((1, L))
   ratio = lambda a, b: np.stack([_ratio(a(s), b(s)) for s in earlier])
+  per_token = lambda count_LE: np.stack([
+    count_LE(s.total).sum(1) / s.total.tokens / s.num_experts for s in surveys
+  ])  # fmt: skip
   return Saturation(
     routers=last.routers,
     steps_M=np.array([s.step for s in surveys]),
@@ -161,8 +166,8 @@ def saturation(surveys: Sequence[Survey]) -> Saturation:
     top_share_ML=np.concatenate([
       ratio(lambda s: s.overlap.top_L, lambda s: s.overlap.top_wanted_L), whole
     ]),
-    chance_L=_experts_per_token(last.total) / last.num_experts,
-    top_chance=1 / last.num_experts,
+    chance_ML=per_token(lambda total: total.chosen_LE),
+    top_chance_ML=per_token(lambda total: total.top_LE),
   )  # fmt: skip
 
 
@@ -214,18 +219,15 @@ def vocabulary_specialisation(
     (count_QVLE[q][ids] / words.seen_QV[q][ids][:, None, None]).max(2).mean(0)
     for q, ids in enumerate(kept)
   ])  # fmt: skip
-  chance = lambda count_LE: np.stack([
-    _blind(words.seen_QV[q][ids], count_LE / total.tokens)
-    for q, ids in enumerate(kept)
-  ])  # fmt: skip
+  seen = [words.seen_QV[q][ids] for q, ids in enumerate(kept)]
   return VocabularySpecialisation(
     routers=survey.routers,
     kinds=KINDS,
     ids_Q=np.array(list(map(len, kept))),
     share_QL=curve(words.chosen_QVLE),
     top_share_QL=curve(words.top_QVLE),
-    chance_QL=chance(total.chosen_LE),
-    top_chance_QL=chance(total.top_LE),
+    chance_QL=largest_shares(seen, total.chosen_LE / total.tokens),
+    top_chance_QL=largest_shares(seen, total.top_LE / total.tokens),
     min_count=min_count,
   )
 
@@ -250,22 +252,6 @@ def entropy(surveys: Sequence[Survey]) -> Entropy:
 def _experts_per_token(total: Tally) -> np.ndarray:
   """[L] k, or the mean number."""
   return total.chosen_LE.sum(1) / total.tokens
-
-
-def _blind(seen: np.ndarray, prob_LE: np.ndarray) -> np.ndarray:
-  """[L] mean of the largest expert's share, of a router blind to tokens.
-
-  Each expert takes an occurrence with its own probability.
-  """
-  rng = np.random.default_rng(0)
-  if len(seen) > _DRAWN_IDS:
-    seen = rng.choice(seen, _DRAWN_IDS, replace=False)
-  seen = np.tile(seen, _DRAWS)
-  means = [
-    (rng.binomial(seen[:, None], prob_E[None]) / seen[:, None]).max(1).mean()
-    for prob_E in np.minimum(prob_LE, 1.0)
-  ]
-  return np.array(means)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

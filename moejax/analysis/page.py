@@ -36,7 +36,7 @@ class Analysis:
     facts: short sentences on checkpoint and text.
     results: measures by name.
     tokens: table of tokens by expert; None where ids were not counted.
-    left_out: why measures are missing.
+    left_out: why measures or parts of them are missing.
   """
 
   name: str
@@ -106,6 +106,10 @@ HEADINGS = {
 }
 
 
+# Names of all pictures that there can be.
+PICTURES = (*HEADINGS, "load_over_time", "similarity_map")
+
+
 def render(found: Analysis, drawn: Callable[[], None] = lambda: None) -> str:
   """The whole page, which opens offline; `drawn` is called for each picture."""
   facts = "".join(f"<span>{escape(fact)}</span>" for fact in found.facts)
@@ -132,16 +136,17 @@ def render(found: Analysis, drawn: Callable[[], None] = lambda: None) -> str:
   return document(f"Routing of {found.name}", body, footer)
 
 
-def write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
-  """Writes index.html and the PNG files; returns the page's path."""
-  path = folder / "index.html"
+def write(found: Analysis, folder: pathlib.Path) -> list[pathlib.Path]:
+  """Writes the PNG files and index.html, whose path is the last returned."""
   every = [c for result in found.results.values() for c in charts(result)]
   with progress_bar("drawing, pictures", 2 * len(every), sys.stderr) as bar:
-    for chart in every:
-      pictures.save_png(chart, folder / f"{chart.name}.png")
+    paths = [folder / f"{chart.name}.png" for chart in every]
+    for chart, path in zip(every, paths):
+      pictures.save_png(chart, path)
       bar.advance()
-    write_atomically(path, render(found, bar.advance))
-  return path
+    paths.append(folder / "index.html")
+    write_atomically(paths[-1], render(found, bar.advance))
+  return paths
 
 
 def _token_tables(tokens: Columns) -> str:

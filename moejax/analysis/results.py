@@ -6,6 +6,7 @@
 
 import csv
 import functools
+import io
 import json
 import pathlib
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from moejax.files import write_atomically
 
 Columns = Mapping[str, np.ndarray]
 
+# Of tables.
+SUFFIXES = (".parquet", ".csv")
 # Significant digits of the JSON file; tables have all.
 _DIGITS = 6
 
@@ -60,16 +63,19 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
 def write_table(
   folder: pathlib.Path, name: str, table: Columns
 ) -> pathlib.Path:
-  """Writes NAME.parquet; NAME.csv where pyarrow is not installed."""
+  """Writes NAME.parquet; NAME.csv where pyarrow is not installed.
+
+  Whole or not at all.
+  """
   try:
     import pyarrow
     import pyarrow.parquet
   except ImportError:
-    path = folder / f"{name}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as f:
-      writer = csv.writer(f)
-      writer.writerow(table)
-      writer.writerows(zip(*(column.tolist() for column in table.values())))
+    path, lines = folder / f"{name}.csv", io.StringIO()
+    writer = csv.writer(lines)
+    writer.writerow(table)
+    writer.writerows(zip(*(column.tolist() for column in table.values())))
+    write_atomically(path, lines.getvalue())
     return path
   path = folder / f"{name}.parquet"
   temporary = path.with_suffix(".parquet.tmp")
@@ -83,8 +89,8 @@ def write_table(
 def _(result: measures.Saturation):
   return {
     "steps": result.steps_M, "share": result.share_ML,
-    "top_share": result.top_share_ML, "chance": result.chance_L,
-    "top_chance": result.top_chance,
+    "top_share": result.top_share_ML, "chance": result.chance_ML,
+    "top_chance": result.top_chance_ML,
   }  # fmt: skip
 
 
@@ -93,7 +99,7 @@ def _(result: measures.Saturation):
   return long_table(
     {"step": result.steps_M, "router": result.routers},
     {"share": result.share_ML, "top_share": result.top_share_ML,
-     "chance": result.chance_L[None], "top_chance": result.top_chance},
+     "chance": result.chance_ML, "top_chance": result.top_chance_ML},
   )  # fmt: skip
 
 

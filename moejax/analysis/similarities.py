@@ -15,10 +15,10 @@ import numpy as np
 
 from moejax.analysis.checkpoints import router_names
 from moejax.analysis.surveys import Plan
-from moejax.config import LayerConfig
+from moejax.analysis.text import Batch
 from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models import Rows, Variables, watched_routers
-from moejax.models.router_state import routers_of
+from moejax.models.router_state import router_places
 from moejax.ops.grouped_matmul import grouped_matmul
 from moejax.progress import progress_bar
 from moejax.runs import Run
@@ -42,7 +42,7 @@ class Similarity:
     routers: names.
     weights_LEE: of all an expert's matrices, as one vector.
     outputs_LEE: of what they make of the same tokens, the mean over tokens.
-    num_tokens: of that sample.
+    num_tokens: of that sample; fewer than were wanted if the text is short.
   """
 
   routers: tuple[str, ...]
@@ -61,34 +61,51 @@ def similarity(run: Run, plan: Plan) -> Similarity:
   Raises:
     DataError: the text is missing, unreadable or empty.
   """
-  names = router_names(run.config.model)
+  routers = router_names(run.config.model)
+  places, params = router_places(run.config.model), run.variables["params"]
   x_LTD = sample_inputs(run, plan)
   backend = run.model.backends.matmul
   weights, outputs = [], []
-  with progress_bar("similarity, routers", len(names), sys.stderr) as bar:
-    for (kind, params), x_TD in zip(_experts(run), x_LTD, strict=True):
-      matrices = tuple(params[name] for name in _MATRICES[kind])
+  with progress_bar("similarity, routers", len(routers), sys.stderr) as bar:
+    for place, x_TD in zip(places, x_LTD, strict=True):
+      matrices = tuple(place.of(params, x) for x in _MATRICES[place.kind])
       weights.append(np.asarray(_weight_cosines(matrices)))
-      outputs.append(_output_cosines(kind, matrices, x_TD, backend))
+      outputs.append(_output_cosines(place.kind, matrices, x_TD, backend))
       bar.advance()
-  return Similarity(names, np.stack(weights), np.stack(outputs), x_LTD.shape[1])
+  tokens = x_LTD.shape[1]
+  return Similarity(routers, np.stack(weights), np.stack(outputs), tokens)
 
 
 def sample_inputs(run: Run, plan: Plan) -> np.ndarray:
   """[L, T, D] what routers and experts are given of a sample of tokens.
 
-  It is drawn from the first batch of each domain.
+  As many of each domain, drawn from as many of its first batches as hold so
+  many; fewer where the text or `plan.tokens` ends before.
   """
   rng, found = np.random.default_rng(0), []
   each = -(-plan.sample // len(plan.domains))
   for name in plan.domains:
-    batch = next(plan.batches_of(name, run))
-    put = device_batch(batch, run.model.placement)
-    x_LTD = _inputs(run.model, run.variables, put)
-    real = np.flatnonzero(batch["segment_ids"].reshape(-1))
-    picked = np.sort(rng.permutation(real)[:each])
-    found.append(np.asarray(x_LTD[:, picked]))
+    batches = _first_batches(run, plan, name, each)
+    real = [batch["segment_ids"].reshape(-1) > 0 for batch in batches]
+    picked = rng.permutation(np.flatnonzero(np.concatenate(real)))[:each]
+    chosen = np.zeros(sum(map(len, real)), bool)
+    chosen[picked] = True
+    for batch, mine in zip(batches, np.split(chosen, len(batches))):
+      put = device_batch(batch, run.model.placement)
+      x_LTD = _inputs(run.model, run.variables, put)
+      found.append(np.asarray(x_LTD[:, np.flatnonzero(mine)]))
   return np.concatenate(found, axis=1)
+
+
+def _first_batches(run: Run, plan: Plan, name: str, tokens: int) -> list[Batch]:
+  """Those of a domain that hold so many tokens, or all."""
+  batches, count = [], 0
+  for batch in plan.batches_of(name, run.tokenizer, run.config.data):
+    batches.append(batch)
+    count += int((batch["segment_ids"] > 0).sum())
+    if count >= tokens:
+      break
+  return batches
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,26 +114,6 @@ def _inputs(model, variables: Variables, batch) -> Array:
   _, state = model.apply(variables, batch["tokens"], rows, mutable=["routing"])
   x_LBTD = watched_routers(model.config, state["routing"]).x_BTD
   return x_LBTD.reshape(len(x_LBTD), -1, x_LBTD.shape[-1])
-
-
-def _experts(run: Run):
-  """(`moe` or `attention`, its parameters) of each router in order."""
-  config, params = run.config.model, run.variables["params"]
-
-  def of_layer(layer: LayerConfig, block, place=None):
-    for kind in routers_of(layer):
-      names = _MATRICES[kind]
-      at = lambda x: x if place is None else x[place]
-      yield kind, {name: at(block[kind][name]) for name in names}
-
-  for i, layer in enumerate(config.prefix_layers):
-    yield from of_layer(layer, params[f"prefix_{i}"])
-  for r in range(config.num_repeats):
-    for j, layer in enumerate(config.pattern_layers):
-      if config.scan_layers:
-        yield from of_layer(layer, params["repeats"][f"block_{j}"], r)
-      else:
-        yield from of_layer(layer, params[f"repeats_{r}"][f"block_{j}"])
 
 
 @jax.jit

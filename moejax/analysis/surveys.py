@@ -20,6 +20,9 @@ import numpy as np
 from moejax.analysis import counts, text
 from moejax.analysis.checkpoints import router_names
 from moejax.analysis.counts import Tally, Words
+from moejax.analysis.text import Batch
+from moejax.config import DataConfig
+from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError
 from moejax.memory import require_memory
 from moejax.progress import format_count, progress_bar
@@ -100,19 +103,41 @@ class Plan:
     if self.sample < 1:
       raise ConfigError(f"--sample={self.sample} must be positive")
 
-  def batches(self, run: Run) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Batches with the name of their domain, the same at each call."""
+  def num_rows(self, config: DataConfig) -> int:
+    """Windows of each domain.
+
+    Raises:
+      ConfigError: `tokens` allows none.
+    """
+    count, window = len(self.domains), config.seq_len
+    if self.tokens < count * window:
+      raise ConfigError(
+        f"--tokens={self.tokens} is less than a window of "
+        f"data.seq_len={window} for each domain; give at least {count * window}"
+      )
+    return self.tokens // count // window
+
+  def batches(
+    self, tokenizer: Tokenizer, config: DataConfig
+  ) -> Iterator[tuple[str, Batch]]:
+    """Batches with the name of their domain, the same at each call.
+
+    Args:
+      tokenizer: the model's.
+      config: how text is read, in windows of its `seq_len`.
+    """
     for name in self.domains:
-      for batch in self.batches_of(name, run):
+      for batch in self.batches_of(name, tokenizer, config):
         yield name, batch
 
-  def batches_of(self, name: str, run: Run) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of one domain, in windows of the model's `data.seq_len`."""
-    config = run.config.data
-    rows = max(1, self.tokens // len(self.domains) // config.seq_len)
+  def batches_of(
+    self, name: str, tokenizer: Tokenizer, config: DataConfig
+  ) -> Iterator[Batch]:
+    """Batches of one domain."""
+    rows = self.num_rows(config)
     size = self.batch_size or max(1, _BATCH_TOKENS // config.seq_len)
     return text.batches(
-      self.domains[name], run.tokenizer, config, min(size, rows), rows
+      self.domains[name], tokenizer, config, min(size, rows), rows
     )
 
 
@@ -148,6 +173,7 @@ def survey(
   keep: ChoiceFile | None = None,
   against: ChoiceFile | None = None,
   words: bool = True,
+  config: DataConfig | None = None,
 ) -> Survey:
   """Watches a checkpoint's routers on the plan's text.
 
@@ -157,28 +183,33 @@ def survey(
     keep: gets the choices, for a later `against`.
     against: choices of the last checkpoint on the same plan.
     words: whether to count by token id.
+    config: how text is read; None is the run's own `data`. Checkpoints can be
+      compared if all are given the same.
 
   Raises:
     DataError: the text is missing, unreadable or empty.
-    ConfigError: the counts by token id do not fit into memory.
+    ConfigError: the counts by token id do not fit into memory, or `against` is
+      of other batches.
   """
   model, names = run.model, router_names(run.config.model)
   sizes = len(names), run.config.model.moe.num_experts
   tallies: dict[str, Tally] = {}
   table = _empty_words(run, sizes) if words else None
-  earlier = against.read() if against else None
+  earlier = _Earlier(against, run.step) if against else None
   onto_host = _OntoHost(keep)
   with progress_bar(f"step {run.step}, tokens", None, sys.stderr) as bar:
     bar.advance(0)  # compiling comes first
-    for name, batch in plan.batches(run):
+    for name, batch in plan.batches(run.tokenizer, config or run.config.data):
       tally = tallies[name] if name in tallies else counts.zero_tally(*sizes)
       tallies[name], table, more_L, made = counts.add_batch(
         model, run.variables, device_batch(batch, model.placement), tally, table
       )
-      overlap = overlap_sums(made, *next(earlier)) if earlier else None
+      overlap = earlier.overlap(made) if earlier else None
       onto_host.add(name, more_L, made, overlap)
       bar.advance(int((batch["segment_ids"] > 0).sum()))
     onto_host.finish()
+    if earlier:
+      earlier.finish()
   return Survey(
     run.step, names, sizes[1],
     {name: counts.on_host(tally, onto_host.entropy[name])
@@ -186,6 +217,28 @@ def survey(
     None if table is None else jax.device_get(table),
     Overlap(*onto_host.overlap) if against else None,
   )  # fmt: skip
+
+
+class _Earlier:
+  """The last checkpoint's choices, for the same batches in turn."""
+
+  def __init__(self, kept: ChoiceFile, step: int):
+    self._choices, self._step = kept.read(), step
+
+  def overlap(self, made: Choices) -> jax.Array:
+    packed, top = next(self._choices, (None, None))
+    self._require(top is not None and top.shape == made.top_BT.shape)
+    return overlap_sums(made, packed, top)
+
+  def finish(self) -> None:
+    self._require(next(self._choices, None) is None)
+
+  def _require(self, same: bool) -> None:
+    if not same:
+      raise ConfigError(
+        f"step {self._step} read other batches than the checkpoint it is "
+        "compared with; give `survey` the same plan and config for both"
+      )
 
 
 class _OntoHost:
@@ -220,6 +273,8 @@ def survey_all(
 ) -> list[Survey]:
   """Of each checkpoint, with what it shares with the last one.
 
+  All read the text as the last one's run does, whatever their own `data` says.
+
   Args:
     checkpoints: each with a `load`; the last is what others are compared with.
     plan: the text.
@@ -230,11 +285,13 @@ def survey_all(
     kept = None
     if len(checkpoints) > 1:
       kept = stack.enter_context(ChoiceFile(folder))
-    found = [survey(checkpoints[-1].load(), plan, keep=kept)]
+    last = checkpoints[-1].load()
+    config = last.config.data
+    found = [survey(last, plan, keep=kept)]
+    del last  # one model at a time
     for checkpoint in checkpoints[-2::-1]:
-      found.insert(
-        0, survey(checkpoint.load(), plan, against=kept, words=False)
-      )
+      others = {"against": kept, "words": False, "config": config}
+      found.insert(0, survey(checkpoint.load(), plan, **others))
   return found
 
 

@@ -12,6 +12,7 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import ConfigError, DataError
 
 Domains = Mapping[str, Sequence[str]]
+Batch = dict[str, np.ndarray]
 
 
 def parse_domains(entries: Sequence[str]) -> dict[str, list[str]]:
@@ -42,7 +43,7 @@ def batches(
   config: DataConfig,
   batch_size: int,
   num_rows: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Batch]:
   """The first rows of files, in windows of `data.seq_len` tokens.
 
   Args:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import ModelConfig
-from moejax.models.router_state import routers_of
+from moejax.models.router_state import router_places
 from moejax.routing import Choices, Routing
 
 Array = jax.Array
@@ -60,24 +60,5 @@ def watched_routers(config: ModelConfig, collection: Any) -> Watched:
     config: of the model.
     collection: what `apply` returns as "routing".
   """
-  prefix = [
-    collection[f"prefix_{i}"][kind][_NAME]
-    for i, layer in enumerate(config.prefix_layers)
-    for kind in routers_of(layer)
-  ]
-  paths = [
-    (f"block_{j}", kind)
-    for j, layer in enumerate(config.pattern_layers)
-    for kind in routers_of(layer)
-  ]
-
-  def of_repeat(r: int, block: str, kind: str) -> Watched:
-    if not config.scan_layers:
-      return collection[f"repeats_{r}"][block][kind][_NAME]
-    stacked = collection["repeats"][block][kind][_NAME]
-    return jax.tree.map(lambda x: x[r], stacked)
-
-  repeats = [
-    of_repeat(r, *path) for r in range(config.num_repeats) for path in paths
-  ]
-  return jax.tree.map(lambda *xs: jnp.stack(xs), *prefix, *repeats)
+  found = [place.of(collection, _NAME) for place in router_places(config)]
+  return jax.tree.map(lambda *xs: jnp.stack(xs), *found)

@@ -88,6 +88,13 @@ def reference_line(
 ) -> None:
   """A dashed horizontal line with its meaning written on it."""
   ax.axhline(y, color=LIGHT["soft"], linewidth=1.0, linestyle=(0, (4, 3)))
+  note_on_line(ax, y, text, below, left)
+
+
+def note_on_line(
+  ax: Any, y: float, text: str, below: bool = False, left: bool = False
+) -> None:
+  """What a line means, at the height of one of its ends."""
   ax.annotate(
     text, (0.0 if left else 1.0, y), (0, -3 if below else 3),
     xycoords=("axes fraction", "data"), textcoords="offset points",

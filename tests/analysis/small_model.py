@@ -9,7 +9,7 @@ PROSE = "The cat sat on the mat; later it saw two red hats, and slept. "
 T, E, K = 32, 6, 2
 
 
-def config_of(**model):
+def config_of(data=None, **model):
   model = {
     "vocab_size": 262, "d_model": 24, "num_layers": 3, "num_heads": 4,
     "num_kv_heads": 2, "head_dim": 8, "d_mlp": 20, "dtype": "float32",
@@ -17,13 +17,15 @@ def config_of(**model):
     "pattern": ("moa/moe",),
     "moe": {"num_experts": E, "d_expert": 12, "router": f"top_k(k={K})"},
   } | model  # fmt: skip
-  return Config.from_dict({"model": model, "data": {"seq_len": T}})
+  return Config.from_dict(
+    {"model": model, "data": {"seq_len": T} | (data or {})}
+  )
 
 
-def make_run(folder, **model):
-  """A run of untrained weights, at step 3."""
+def make_run(folder, data=None, **model):
+  """A run of untrained weights, at step 3; options of `data` and `model`."""
   folder.mkdir(parents=True, exist_ok=True)
-  return fresh_run(folder, config_of(**model))
+  return fresh_run(folder, config_of(data, **model))
 
 
 def make_texts(folder):

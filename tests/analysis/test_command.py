@@ -11,7 +11,7 @@ import pytest
 
 from moejax import analysis
 from moejax.__main__ import main
-from moejax.analysis import page, text
+from moejax.analysis import page, results, text
 from moejax.errors import ConfigError
 from moejax.report.style import new_figure, plot_style
 from tests.analysis.small_model import E, make_run, make_texts
@@ -96,7 +96,7 @@ def test_the_page_says_how_to_read_each_picture_and_what_chance_is(trained):
     ), note
   shown = " ".join(found.text["main"])
   for words in (
-    "step 16, compared with run:8", "2 routers, 4 experts, 2 a token", "papers",
+    "step 16, compared with 8", "2 routers, 4 experts, 2 a token", "papers",
     "wikipedia", "expert\xa03", "by the predicted next token",
   ):  # fmt: skip
     assert words in shown
@@ -150,6 +150,56 @@ def test_one_checkpoint_leaves_saturation_out_and_says_so(
   assert "Left out" in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_a_page_over_another_leaves_nothing_of_that_one(
+  tmp_path, capsys, monkeypatch
+):
+  """Measures that are gone, CSV beside Parquet; files of others stay."""
+  pytest.importorskip("pyarrow")
+  make_texts(tmp_path)
+  make_run(tmp_path / "run")
+  monkeypatch.chdir(tmp_path)
+  folder = tmp_path / "run" / "analysis"
+  folder.mkdir()
+  (folder / "tokens.csv").write_text("of somebody else")
+  args = ["analyze", "run", "--data=code", "--data=prose"]
+  # On text too short for all tokens of the sample, which is said.
+  assert main([*args, "--tokens=128", "--min-count=2"]) == 0
+  words = "similarity: only 128 of --sample=256 tokens, for want of text"
+  assert f"note: {words}" in capsys.readouterr().out
+  assert words in (folder / "index.html").read_text()
+  assert (folder / "tokens.csv").is_file()  # there was no page before
+  first = {path.name for path in folder.iterdir()}
+  assert {"vocabulary.png", "vocabulary.parquet", "tokens.parquet"} <= first
+  (folder / "notes.csv").write_text("of somebody else")
+  monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+  assert main([*args, "--min-count=9999"]) == 0
+  names = {path.name for path in folder.iterdir()}
+  measures = {"co_activation", "domains", "load", "entropy", "similarity"}
+  assert names == {
+    "index.html", "summary.json", "notes.csv", "similarity_map.png",
+    *(f"{name}{suffix}" for name in measures for suffix in (".csv", ".png")),
+  }  # fmt: skip
+
+
+def test_known_names_are_those_of_all_pictures():
+  assert set(page.PICTURES) == PICTURES
+  assert {*page.HEADINGS, "tokens"} == TABLES
+
+
+def test_a_table_is_whole_or_not_written(tmp_path, monkeypatch):
+  """A name with half a character cannot be encoded."""
+  monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+  table = {"n": np.arange(3), "text": np.array(["a", "b,c", "é"])}
+  path = results.write_table(tmp_path, "tokens", table)
+  kept = path.read_bytes()
+  assert kept.decode() == 'n,text\r\n0,a\r\n1,"b,c"\r\n2,é\r\n'
+  table["text"] = np.array(["a", "b", "\ud800"])
+  with pytest.raises(UnicodeEncodeError):
+    results.write_table(tmp_path, "tokens", table)
+  assert path.read_bytes() == kept
+  assert [path.name for path in tmp_path.iterdir()] == ["tokens.csv"]
+
+
 @pytest.mark.parametrize(
   "model",
   [
@@ -159,8 +209,11 @@ def test_one_checkpoint_leaves_saturation_out_and_says_so(
     {"moe": {"num_experts": 8, "d_expert": 12, "router":
              "expert_choice(k=2, group_size=32)"},
      "pattern": ("attention/moe",)},
+    {"moe": {"num_experts": E, "d_expert": 12, "router":
+             "null_experts(k=2, num_null=4)"},
+     "pattern": ("attention/moe",)},
   ],
-  ids=["top-2", "top-1", "expert choice"],
+  ids=["top-2", "top-1", "expert choice", "null experts"],
 )  # fmt: skip
 def test_other_models_have_a_page_too(tmp_path, model, monkeypatch, capsys):
   make_texts(tmp_path)
@@ -184,6 +237,9 @@ def test_other_models_have_a_page_too(tmp_path, model, monkeypatch, capsys):
     (["--data=short.txt"],
      "domain short has 7 tokens, less than one window of data.seq_len=32"),
     (["--data=code", "--tokens=0"], "--tokens=0 is not in [1, 2147483647]"),
+    (["--data=code", "--data=prose", "--tokens=63"],
+     "--tokens=63 is less than a window of data.seq_len=32 for each domain; "
+     "give at least 64"),
     (["--data=code", "--batch-size=-1"], "--batch-size=-1 is negative"),
     (["--data=code", "--min-count=0"], "--min-count=0 must be positive"),
     (["--data=code", "--sample=0"], "--sample=0 must be positive"),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: what names them, how they are compared, what is refused."""
 
+import dataclasses
+import json
 import shutil
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from moejax import analysis
+from moejax.analysis import surveys
 from moejax.checkpoint import StepWriter
 from moejax.checkpoint.leaves import describe
 from moejax.data.tokenizer import ByteTokenizer
@@ -69,7 +72,7 @@ def test_saturation_against_a_loop_over_tokens(place, plan):
   for checkpoint in checkpoints:
     run = checkpoint.load()
     mine = []
-    for _, batch in plan.batches(run):
+    for _, batch in plan.batches(run.tokenizer, run.config.data):
       rows = Rows(*map(jnp.asarray, (batch["segment_ids"],
                                      batch["positions"])))  # fmt: skip
       made = analysis.choices(run.model, run.variables, batch["tokens"], rows)
@@ -89,7 +92,7 @@ def test_saturation_against_a_loop_over_tokens(place, plan):
       np.testing.assert_allclose(have, [np.mean(shared), same], rtol=1e-12)
   np.testing.assert_array_equal(result.share_ML[2], 1.0)
   assert result.share_ML[0].max() < 0.9
-  np.testing.assert_allclose(result.chance_L, K / E, rtol=1e-12)
+  np.testing.assert_allclose(result.chance_ML, K / E, rtol=1e-12)
 
 
 def test_a_checkpoint_is_saturated_with_itself(place, plan):
@@ -97,6 +100,42 @@ def test_a_checkpoint_is_saturated_with_itself(place, plan):
   result = analysis.saturation(analysis.survey_all(same, plan, None))
   np.testing.assert_array_equal(result.share_ML, 1.0)
   np.testing.assert_array_equal(result.top_share_ML, 1.0)
+
+
+@pytest.mark.parametrize("data", [{"seq_len": 16}, {"text_key": "title"}])
+def test_all_runs_read_the_text_as_the_last_one_does(tmp_path, data):
+  """Equal weights are saturated, whatever text their run was trained on."""
+  lines = [
+    {"text": f"{i} is the number of cats that sat on the mat, and no hat. " * 3,
+     "title": f"def f{i}(x): return [x + 1 for _ in range({i})] " * 2}
+    for i in range(40)
+  ]  # fmt: skip
+  (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  make_run(tmp_path / "last")
+  make_run(tmp_path / "first", data=data)
+  found = analysis.find([str(tmp_path / name) for name in ("first", "last")])
+  plan = analysis.Plan({"lines": [str(tmp_path / "lines.jsonl")]}, tokens=2000)
+  both = analysis.survey_all(found, plan, None)
+  assert both[0].total.tokens == both[1].total.tokens > 1900
+  result = analysis.saturation(both)
+  np.testing.assert_array_equal(result.share_ML, 1.0)
+  np.testing.assert_array_equal(result.top_share_ML, 1.0)
+
+
+@pytest.mark.parametrize(
+  "other", [{"batch_size": 3}, {"tokens": 640}, {"tokens": 2560}]
+)
+def test_surveys_of_other_batches_are_not_compared(place, other):
+  """Of another shape, fewer, more."""
+  texts = make_texts(place / "texts")
+  plan = analysis.Plan(texts, batch_size=4, tokens=1280)
+  run = analysis.load(f"{place}/run:1")
+  with surveys.ChoiceFile() as kept:
+    analysis.survey(run, plan, keep=kept, words=False)
+    analysis.survey(run, plan, against=kept, words=False)
+    changed = dataclasses.replace(plan, **other)
+    with pytest.raises(ConfigError, match="step 1 read other batches than the"):
+      analysis.survey(run, changed, against=kept, words=False)
 
 
 def test_runs_of_one_model_keep_their_order(place, tmp_path):
@@ -113,7 +152,8 @@ def test_what_cannot_be_compared_or_found(place, tmp_path):
   ):
     with pytest.raises(CheckpointError, match=message):
       analysis.find([name])
-  for name in (f"{run}x", f"{run}x:3", f"{run}x:all", str(place)):
+  no_numbers = [f"{run}{x}" for x in (":\u00b2", "/\u00b2", ":\u0663")]
+  for name in (f"{run}x", f"{run}x:3", f"{run}x:all", str(place), *no_numbers):
     with pytest.raises(DataError, match="is not the folder of a run"):
       analysis.find([name])
   make_run(tmp_path / "deep", num_layers=2)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax import analysis
-from moejax.analysis import counts, measures, surveys
+from moejax.analysis import counts, measures, surveys, vocabulary
 from moejax.analysis.surveys import Overlap, Survey
 from moejax.config import ParallelConfig
 from moejax.errors import ConfigError
@@ -50,7 +50,7 @@ def tokens(run_and_plan):
   run, plan = run_and_plan
   routers: list[list[Token]] = [[] for _ in range(4)]
   forward = jax.jit(run.model.apply)
-  for name, batch in plan.batches(run):
+  for name, batch in plan.batches(run.tokenizer, run.config.data):
     rows = Rows(*map(jnp.asarray, (batch["segment_ids"], batch["positions"])))
     made = analysis.choices(run.model, run.variables, batch["tokens"], rows)
     made = jax.device_get(made)
@@ -152,6 +152,14 @@ def test_vocabulary_specialisation(found, tokens, q, kind):
     assert top == pytest.approx(np.mean(tops), rel=1e-12)
 
 
+def visible(tokenizer, number):
+  """What the tokenizer says that an id is, if it is a whole character."""
+  own = tokenizer.decode([number])
+  whole = own and "\ufffd" not in own
+  shown = own.translate(str.maketrans(" \n\t\r", "␣⏎⇥␍"))
+  return shown if whole else f"#{number}"
+
+
 def test_the_table_of_tokens(found, tokens, run_and_plan):
   run, _ = run_and_plan
   table = analysis.token_table(found, run.tokenizer, per_expert=3)
@@ -170,7 +178,9 @@ def test_the_table_of_tokens(found, tokens, run_and_plan):
       np.mean([expert in t.chosen for t in group]), rel=1e-12
     )
     assert top_share > 0
-    assert text == {32: "␣", 10: "⏎"}[number] if number in (32, 10) else text
+    assert text == visible(run.tokenizer, number)
+  for number, text in ((32, "␣"), (10, "⏎"), (97, "a"), (200, "#200")):
+    assert vocabulary.spell(run.tokenizer, number) == text
   # Of each expert the most specialised, in order, and none above left out.
   seen = [t for t in tokens[3] if t.ids[0] is not None]
   for expert in range(E):
@@ -228,12 +238,17 @@ def random_choices(seed, L, N, number):
   )  # fmt: skip
 
 
+def overlap_of(made, last):
+  sums = surveys.overlap_sums(made, *surveys.pack(last))
+  return Overlap(*np.asarray(sums))
+
+
 def survey_of(made, ids=None, overlap=None):
   L, _, N, _ = made.chosen_BTE.shape
   tally = counts.Tally.of(made, jnp.ones((1, N), bool))
   words = None
   if ids is not None:
-    words = counts.Words.empty(50, L, E)
+    words = counts.Words.empty(2000, L, E)
     three = jnp.stack([jnp.asarray(ids)] * 3)
     words = jax.device_get(words.add(made, three, three >= 0))
   domains = {"any": counts.on_host(tally, np.zeros(L))}
@@ -243,19 +258,17 @@ def survey_of(made, ids=None, overlap=None):
 
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_random_routing_is_at_chance(number):
-  """Within five standard errors of 20,000 tokens."""
+  """Within five standard errors of 20,000 tokens, 2,000 ids of ten each."""
   N = 20_000
-  ids = np.random.default_rng(1).zipf(1.5, N) % 50
+  ids = np.random.default_rng(1).permutation(N) % 2000
   made = random_choices(0, 2, N, number)
   other = random_choices(7, 2, N, number)
-  overlap = Overlap(
-    *np.asarray(surveys.overlap_sums(made, *surveys.pack(other)))
-  )
   last = survey_of(other, ids)
   chance = number / E
   error = 5 * np.sqrt(chance * (1 - chance) / (N / E)) + 1e-9
-  result = analysis.saturation([survey_of(made, overlap=overlap), last])
-  np.testing.assert_allclose(result.chance_L, chance, rtol=1e-9)
+  earlier = survey_of(made, overlap=overlap_of(made, other))
+  result = analysis.saturation([earlier, last])
+  np.testing.assert_allclose(result.chance_ML, chance, rtol=1e-9)
   assert np.abs(result.share_ML[0] - chance).max() < error
   assert np.abs(result.top_share_ML[0] - 1 / E).max() < error
   domains = analysis.domain_specialisation(last)
@@ -266,9 +279,53 @@ def test_random_routing_is_at_chance(number):
   assert np.nanmax(np.abs(pairs.share_LEE - independent)) < error
   assert np.abs(analysis.expert_load([last]).load_MLE - 1).max() < error * E
   words = analysis.vocabulary_specialisation(last)
-  # Experts without replacement differ a little from independent draws.
-  assert np.abs(words.top_share_QL - words.top_chance_QL).max() < 0.02
-  assert np.abs(words.share_QL - words.chance_QL).max() < 0.03
+  for have, want, counts_QVLE in (
+    (words.top_share_QL, words.top_chance_QL, last.words.top_QVLE),
+    (words.share_QL, words.chance_QL, last.words.chosen_QVLE),
+  ):
+    deviation = (counts_QVLE[0].max(-1) / 10).std()
+    # Of the ids' mean, and of the drawn chance's (`test_chance.py`).
+    error = deviation * np.sqrt(1 / 2000 + 1 / 2**12 + 10 / 2**14)
+    assert np.abs(have.mean(1) - want.mean(1)).max() < 5 * error / np.sqrt(2)
+
+
+@pytest.mark.parametrize("mine, theirs", [(4, 1), (1, 4)])
+def test_chance_of_saturation_is_that_of_the_earlier_ones_k(mine, theirs):
+  """Of the last one's experts, a blind router with four of six has 4/6."""
+  N = 20_000
+  made, other = (
+    random_choices(seed, 2, N, number)
+    for seed, number in ((0, mine), (7, theirs))
+  )
+  result = analysis.saturation([
+    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
+  ])  # fmt: skip
+  chance_ML = np.array([[mine / E] * 2, [theirs / E] * 2])
+  np.testing.assert_allclose(result.chance_ML, chance_ML, rtol=1e-12)
+  error = 5 * np.sqrt(mine / E * (1 - mine / E) / N)
+  assert np.abs(result.share_ML[0] - result.chance_ML[0]).max() < error
+  np.testing.assert_allclose(result.top_chance_ML, 1 / E, rtol=1e-12)
+
+
+def test_chance_of_a_best_expert_leaves_out_tokens_that_have_none():
+  """Half of the earlier one's tokens chose null experts alone."""
+  N = 20_000
+  made, other = random_choices(0, 2, N, 1), random_choices(7, 2, N, 1)
+  some = (jnp.arange(N) % 2 == 0)[None, None]
+  made = made.replace(
+    chosen_BTE=made.chosen_BTE & some[..., None],
+    top_BT=jnp.where(some, made.top_BT, E),
+  )
+  result = analysis.saturation([
+    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
+  ])  # fmt: skip
+  for share_ML, chance_ML in (
+    (result.share_ML, result.chance_ML),
+    (result.top_share_ML, result.top_chance_ML),
+  ):
+    np.testing.assert_allclose(chance_ML[0], 0.5 / E, rtol=1e-12)
+    error = 5 * np.sqrt(0.5 / E / N)
+    assert np.abs(share_ML[0] - chance_ML[0]).max() < error
 
 
 def test_saturation_is_a_share_of_what_the_last_one_chose():
@@ -283,11 +340,9 @@ def test_saturation_is_a_share_of_what_the_last_one_chose():
 
   last = of([(0, 1), (0, 1), (0, 1), (2, 5)])
   made = of([(1, 0), (0, 4), (3, 4), (2, 5)])
-  overlap = Overlap(
-    *np.asarray(surveys.overlap_sums(made, *surveys.pack(last)))
-  )
-  result = analysis.saturation([survey_of(made, overlap=overlap),
-                                survey_of(last)])  # fmt: skip
+  result = analysis.saturation([
+    survey_of(made, overlap=overlap_of(made, last)), survey_of(last)
+  ])  # fmt: skip
   np.testing.assert_allclose(result.share_ML, [[(2 + 1 + 0 + 2) / 8], [1.0]])
   np.testing.assert_allclose(result.top_share_ML, [[2 / 4], [1.0]])
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cosines between experts, against float64 loops over experts and tokens."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax import analysis
 from moejax.analysis import similarities
+from moejax.models import Rows, watched_routers
 from tests.analysis.small_model import E, make_run, make_texts
 
 
@@ -61,6 +64,44 @@ def test_against_loops(tmp_path, scan_layers):
         np.testing.assert_allclose(
           have, [weights, np.mean(each)], rtol=1e-4, atol=2e-6
         )
+
+
+def inputs_of(run, plan):
+  """[L, T, D] of all tokens of the plan's text, domain by domain."""
+
+  @jax.jit
+  def watch(tokens_BT, rows):
+    given = run.variables, tokens_BT, rows
+    _, state = run.model.apply(*given, mutable=["routing"])
+    return watched_routers(run.config.model, state["routing"]).x_BTD
+
+  found = []
+  for _, batch in plan.batches(run.tokenizer, run.config.data):
+    rows = Rows(*map(jnp.asarray, (batch["segment_ids"], batch["positions"])))
+    x_LBTD = np.asarray(watch(batch["tokens"], rows))
+    found.append(x_LBTD[:, batch["segment_ids"] > 0])
+  return np.concatenate(found, axis=1)
+
+
+def test_a_sample_is_read_from_as_many_batches_as_it_takes(tmp_path):
+  run = analysis.load(make_run(tmp_path / "run"))
+  letters = np.random.default_rng(5).integers(97, 123, (2, 600), np.uint8)
+  for name, line in zip("ab", letters):
+    (tmp_path / f"{name}.txt").write_bytes(line.tobytes())
+  texts = {name: [str(tmp_path / f"{name}.txt")] for name in "ab"}
+  plan = analysis.Plan(texts, batch_size=1, sample=500)
+  every = inputs_of(run, plan)
+  sample = similarities.sample_inputs(run, plan)
+  assert sample.shape[1] == 500  # a batch has 32
+  # In each half are tokens of a domain, and none is there twice, but that the
+  # first ones of eight windows may be the same letter.
+  halves = np.split(sample[3], 2), np.split(every[3], 2)
+  for mine_TD, all_TD in zip(*halves, strict=True):
+    apart = np.abs(mine_TD[:, None] - all_TD[None]).max(-1)
+    assert apart.min(1).max() < 1e-4 * np.abs(all_TD).max()
+    assert len(set(apart.argmin(1))) >= 250 - 8
+  few = analysis.Plan({"a": texts["a"]}, tokens=96, sample=500, batch_size=2)
+  assert analysis.similarity(run, few).num_tokens == 96
 
 
 def test_the_same_expert_twice_has_cosine_one(tmp_path):
