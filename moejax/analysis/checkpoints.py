@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moejax import runs
 from moejax.checkpoint import CheckpointReader
-from moejax.config import Config, ModelConfig
+from moejax.config import Config, ModelConfig, ParallelConfig
 from moejax.errors import CheckpointError, ConfigError, UserError
 from moejax.init_from import changed_meaning
 from moejax.runs import Run
@@ -20,13 +20,14 @@ class Checkpoint:
 
   folder: Path
   step: int
+  parallel: ParallelConfig | None = None  # the mesh to load it on
 
   def __str__(self) -> str:
     return f"{self.folder}:{self.step}"
 
   def load(self) -> Run:
     """The model, its weights and its tokenizer."""
-    return runs.load_run(self.folder, self.step)
+    return runs.load_run(self.folder, self.step, self.parallel)
 
 
 def load(name: str | os.PathLike) -> Run:
@@ -39,8 +40,14 @@ def load(name: str | os.PathLike) -> Run:
   return checkpoint.load()
 
 
-def find(names: Sequence[str]) -> list[Checkpoint]:
+def find(
+  names: Sequence[str], parallel: ParallelConfig | None = None
+) -> list[Checkpoint]:
   """The checkpoints of names, also `RUN:all`; those of one run by step.
+
+  Args:
+    names: RUN, RUN:step, RUN/step or RUN:all.
+    parallel: the mesh that each will be loaded on; None is one device.
 
   Raises:
     UserError: no such run or step.
@@ -59,7 +66,7 @@ def find(names: Sequence[str]) -> list[Checkpoint]:
     )
   for folder in dict.fromkeys(checkpoint.folder for checkpoint in found):
     _require_same_model(folder, last, config)
-  return found
+  return [dataclasses.replace(c, parallel=parallel) for c in found]
 
 
 def router_names(config: ModelConfig) -> tuple[str, ...]:

@@ -16,19 +16,23 @@ from moejax.analysis.page import Analysis
 from moejax.analysis.similarities import similarity
 from moejax.analysis.surveys import Plan, Survey, survey_all
 from moejax.analysis.vocabulary import token_table
+from moejax.cli import apply_overrides, parse_overrides
+from moejax.config import ParallelConfig, default_config
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count
 
 
 def main(argv: list[str]) -> int:
   """`moejax analyze CHECKPOINT... --data=NAME=FILE...`."""
-  args = _parse(argv)
+  args, extra = _parse(argv)
+  parallel = _mesh_of(extra)
   plan = Plan(
-    text.parse_domains(args.data), args.tokens, args.batch_size, args.sample
-  )
+    text.parse_domains(args.data), args.tokens, args.batch_size, args.sample,
+    parts=parallel.batch_parts if parallel else 1,
+  )  # fmt: skip
   if args.min_count < 1:
     raise ConfigError(f"--min-count={args.min_count} must be positive")
-  checkpoints = find(args.checkpoint)
+  checkpoints = find(args.checkpoint, parallel)
   folder = args.output or os.path.join(checkpoints[-1].folder, "analysis")
   print(analyze(checkpoints, plan, folder, args.min_count))
   return 0
@@ -173,7 +177,22 @@ def _facts(
   ]
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def _mesh_of(extra: list[str]) -> ParallelConfig | None:
+  """`--config.parallel.AXIS=N`; None without any."""
+  if not extra:
+    return None
+  for path in parse_overrides(extra):
+    if not path.startswith("parallel."):
+      raise ConfigError(
+        f"--config.{path}: the checkpoint's config stays as it is, but for its "
+        "mesh, --config.parallel.AXIS=N"
+      )
+  config = default_config()
+  apply_overrides(config, extra)
+  return ParallelConfig(**config.parallel.to_dict())
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   parser = argparse.ArgumentParser(
     "moejax analyze",
     description="What a model's routers do: saturation, co-activation, domain "
@@ -209,4 +228,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     "--batch-size", type=int, default=0, metavar="ROWS",
     help="rows at a time (default: what makes 4,096 tokens)",
   )  # fmt: skip
-  return parser.parse_args(argv)
+  parser.epilog = (
+    "--config.parallel.fsdp=8 (expert, tensor, data) splits a model over so "
+    "many devices, whatever it was trained on."
+  )
+  return parser.parse_known_args(argv)

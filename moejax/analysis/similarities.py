@@ -20,6 +20,7 @@ from moejax.experts import GatedMlpWeights, gated_mlp
 from moejax.models import Rows, Variables, watched_routers
 from moejax.models.router_state import router_places
 from moejax.ops.grouped_matmul import grouped_matmul
+from moejax.parallel import on_one_device
 from moejax.progress import progress_bar
 from moejax.runs import Run
 from moejax.step import device_batch
@@ -68,7 +69,10 @@ def similarity(run: Run, plan: Plan) -> Similarity:
   weights, outputs = [], []
   with progress_bar("similarity, routers", len(routers), sys.stderr) as bar:
     for place, x_TD in zip(places, x_LTD, strict=True):
-      matrices = tuple(place.of(params, x) for x in _MATRICES[place.kind])
+      # One router's at a time: a mesh may hold more than a device does.
+      matrices = on_one_device(
+        tuple(place.of(params, x) for x in _MATRICES[place.kind])
+      )
       weights.append(np.asarray(_weight_cosines(matrices)))
       outputs.append(_output_cosines(place.kind, matrices, x_TD, backend))
       bar.advance()

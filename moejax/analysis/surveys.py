@@ -86,12 +86,14 @@ class Plan:
     tokens: at most so many, as many of each domain.
     batch_size: rows of a batch; 0 takes what makes about 4,096 tokens.
     sample: tokens on which `similarity` compares what experts compute.
+    parts: into which a mesh divides the rows of a batch.
   """
 
   domains: text.Domains
   tokens: int = 1_000_000
   batch_size: int = 0
   sample: int = 256
+  parts: int = 1
 
   def __post_init__(self):
     if not 0 < self.tokens <= counts.MAX_TOKENS:
@@ -100,6 +102,11 @@ class Plan:
       )
     if self.batch_size < 0:
       raise ConfigError(f"--batch-size={self.batch_size} is negative")
+    if self.batch_size % self.parts:
+      raise ConfigError(
+        f"--batch-size={self.batch_size} does not divide into the mesh's "
+        f"{self.parts} parts"
+      )
     if self.sample < 1:
       raise ConfigError(f"--sample={self.sample} must be positive")
 
@@ -136,9 +143,9 @@ class Plan:
     """Batches of one domain."""
     rows = self.num_rows(config)
     size = self.batch_size or max(1, _BATCH_TOKENS // config.seq_len)
-    return text.batches(
-      self.domains[name], tokenizer, config, min(size, rows), rows
-    )
+    # What the last part lacks is padding.
+    size = -(-min(size, rows) // self.parts) * self.parts
+    return text.batches(self.domains[name], tokenizer, config, size, rows)
 
 
 class ChoiceFile:

@@ -291,3 +291,51 @@ def test_each_picture_can_be_drawn_from_python(tmp_path):
         narrow = new_figure(*chart.narrow_size)
         chart.draw(narrow, True)
         narrow.draw_without_rendering()
+
+
+def test_a_mesh_finds_the_same(trained, monkeypatch):
+  """Eight devices, each with parts of rows, weights and experts."""
+  monkeypatch.chdir(trained)
+  args = [
+    "analyze", "run:all", "--data=papers=text/arxiv.txt",
+    "--data=text/wikipedia.txt", "--tokens=8000", "--min-count=5",
+    "--sample=32", "--output=meshed",
+  ]  # fmt: skip
+  mesh = ["--config.parallel.fsdp=2", "--config.parallel.expert=4"]
+  assert main([*args, *mesh]) == 0
+  read = lambda folder: json.loads((folder / "summary.json").read_text())
+  want, got = read(trained / "run" / "analysis"), read(trained / "meshed")
+  assert_alike(got, want)
+
+
+def assert_alike(got, want):
+  """Counts exactly, floats up to rounding."""
+  if isinstance(want, dict):
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+      assert_alike(got[key], value)
+  elif isinstance(want, list):
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+      assert_alike(one, other)
+  elif isinstance(want, float):
+    assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
+  else:
+    assert got == want
+
+
+@pytest.mark.parametrize(
+  "option, message",
+  [
+    ("--config.model.d_model=3", "the checkpoint's config stays as it is"),
+    ("--config.parallel.fsdp=3", "is a mesh of 3 devices"),
+    ("--bogus=1", "unknown argument '--bogus=1'"),
+  ],
+)
+def test_what_is_no_mesh(tmp_path, monkeypatch, capsys, option, message):
+  run, domains = make_run(tmp_path / "run"), make_texts(tmp_path)
+  data = [f"--data={name}={paths[0]}" for name, paths in domains.items()]
+  monkeypatch.chdir(tmp_path)
+  assert main(["analyze", str(run), *data, "--tokens=2000", option]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count("\n") == 1
