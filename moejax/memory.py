@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a run fits into memory: refused at the start, not killed later."""
 
+import dataclasses
+import functools
 import math
 import os
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from moejax.config import Config
 from moejax.errors import ConfigError
@@ -13,30 +16,48 @@ from moejax.models import Transformer
 from moejax.models.placement import TOKENS
 from moejax.parallel import compile_overlapped
 from moejax.progress import format_bytes
-from moejax.step import BATCH_KEYS, TrainState, make_train_step
+from moejax.step import (
+  BATCH_KEYS,
+  TrainState,
+  abstract_state,
+  make_train_step,
+  state_shardings,
+)
 
 
-def compile_step(config: Config, model: Transformer, state: TrainState):
+def compile_step(
+  config: Config, model: Transformer, mesh: Mesh
+) -> jax.stages.Compiled:
   """The compiled step; says what memory it takes on each device.
+
+  Runs of one process that differ in their seed alone share it.
 
   Args:
     config, model: what is trained.
-    state: shapes, dtypes and shardings.
+    mesh: where.
 
   Raises:
-    ConfigError: more than there is.
+    ConfigError: more memory than there is.
   """
   platform = jax.local_devices()[0].platform
-  compiled = compile_for_platform(config, model, state, platform)
+  compiled = _step_of_any_seed(dataclasses.replace(config, seed=0), model, mesh)
   needed = peak_bytes(compiled, platform)
   require_memory(
     needed, "a training step", "lower train.batch_size or data.seq_len, raise "
     "train.accumulation_steps, or set model.remat=full",
-    _local_devices(state),
+    mesh.local_mesh.size,
   )  # fmt: skip
-  each = " on each device" if len(state.step.sharding.device_set) > 1 else ""
+  each = " on each device" if mesh.size > 1 else ""
   print(f"memory: a step takes {format_bytes(needed)}{each}", flush=True)
   return compiled
+
+
+@functools.lru_cache(maxsize=32)
+def _step_of_any_seed(config: Config, model: Transformer, mesh: Mesh):
+  shardings = state_shardings(config, model, mesh)
+  state = abstract_state(config, model, shardings)
+  platform = jax.local_devices()[0].platform
+  return compile_for_platform(config, model, state, platform)
 
 
 def compile_for_platform(

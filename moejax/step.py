@@ -58,9 +58,17 @@ def device_batch(batch: dict[str, np.ndarray], placement: OneDevice) -> Batch:
   return {key: placement.put(batch[key], TOKENS) for key in BATCH_KEYS}
 
 
-def init_state(config: Config, model: Transformer) -> TrainState:
-  """A fresh state from the config's seed."""
-  params_key, rng = jax.random.split(jax.random.key(config.seed))
+def init_state(
+  config: Config, model: Transformer, key: Array | None = None
+) -> TrainState:
+  """A fresh state.
+
+  Args:
+    config, model: what is trained.
+    key: that of the config's seed, which is also what None takes.
+  """
+  key = jax.random.key(config.seed) if key is None else key
+  params_key, rng = jax.random.split(key)
   variables = init_variables(model, params_key)
   params = variables["params"]
   optimizer = make_optimizer(config.optimizer, config.train.num_steps)

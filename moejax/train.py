@@ -131,7 +131,7 @@ def train(
       loop = Loop(
         config, model, tokenizer, stores, checkpoints, workdir, state, restored
       )
-      train_step = compile_step(config, model, abstract)
+      train_step = compile_step(config, model, mesh)
       if first:
         runs.write_files(workdir, config, tokenizer)
       stopped = loop.run(train_step, guard)
@@ -199,8 +199,10 @@ def _fresh_state(
   tokenizer: Tokenizer,
   shardings: TrainState,
 ) -> TrainState:
-  make = lambda: init_state(config, model)
-  state = jax.jit(make, out_shardings=shardings)()
+  # The key is no constant of the program, which all seeds then share.
+  key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+  make = lambda key: init_state(config, model, jax.random.wrap_key_data(key))
+  state = jax.jit(make, out_shardings=shardings)(key)
   if not config.train.init_from:
     return state
   weights = weights_of(config, tokenizer)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 
 from moejax.models.placement import OneDevice
+from moejax.routing.base import Router
 
 Array = jax.Array
 Dispatch = Callable[..., Array]
@@ -22,6 +23,9 @@ class Backends:
     matmul: name of the grouped matmul back end.
     attention: name of the attention back end, or auto: by the row length.
     placement: how arrays are split over devices.
+    router: the function that the config's router is now. A notebook may define
+      it anew, and models that differ in it are not equal: no program of one is
+      taken for the other.
   """
 
   platform: str
@@ -29,3 +33,4 @@ class Backends:
   matmul: str
   attention: str
   placement: OneDevice = OneDevice()
+  router: Router | None = None

@@ -23,6 +23,7 @@ from moejax.ops import attention as attention_ops
 from moejax.ops import grouped_matmul as matmul_ops
 from moejax.ops.residuals import ATTENTION, EXCHANGED, PRODUCTS
 from moejax.routing import RouterStats, resolve
+from moejax.routing.base import bare
 from moejax.routing.probe import probe_tokens
 
 Array = jax.Array
@@ -176,7 +177,8 @@ def choose_backends(
   platform = platform or jax.default_backend()
   matmul, _ = matmul_ops.choose_backend(platform, config.moe.matmul)
   dispatch = DISPATCHES[config.moe.dispatch]
-  return Backends(platform, dispatch, matmul, config.attention)
+  router = bare(resolve(config.moe.router_spec))
+  return Backends(platform, dispatch, matmul, config.attention, router=router)
 
 
 def describe_backends(model: Transformer, seq_len: int) -> list[str]:
