@@ -165,14 +165,15 @@ def loss_and_speed(comparison: Comparison) -> Chart | None:
 
   def draw(figure: Any, narrow: bool) -> None:
     ax = figure.subplots()
+    x, y = (np.array(values) for values in list(zip(*found))[1:])
+    ax.set_xlim(x.min() * 0.93, x.max() * 1.03)
+    room = max(1e-3, 0.06 * np.ptp(y))
+    ax.set_ylim(y.min() - room, y.max() + room)
     for point, speed, loss in found:
       colour, _ = _look(comparison, point.name)
-      ax.plot(speed, loss, "o", color=colour, markersize=7)
-    x = np.array([speed for _, speed, _ in found])
-    ax.set_xlim(x.min() * 0.93, x.max() * 1.12)
-    for point, speed, loss in found:
-      ax.annotate(point.name, (speed, loss), (6, 4), fontsize=9.5,
-                  textcoords="offset points", color=LIGHT["ink"])  # fmt: skip
+      ax.plot(speed, loss, "o", color=colour, markersize=7,
+              gid=f"curve-{point.name}")  # fmt: skip
+    _name_at_side(ax, comparison, {p.name: (s, y) for p, s, y in found})
     ax.set_xlabel("tokens per second")
     head_axis(ax, "final loss, nats per token")
     del narrow
@@ -276,6 +277,25 @@ def _name_ends(
       name, (1.0, place), (8, 0), xycoords=("axes fraction", "data"),
       textcoords="offset points", va="center", color=colour, fontsize=10,
       annotation_clip=False, gid=f"name-{name}",
+    )  # fmt: skip
+
+
+def _name_at_side(
+  ax: Any, comparison: Comparison, points: dict[str, tuple[float, float]]
+) -> None:
+  """Names in a column at the right, each with a thin line to its point."""
+  low, high = ax.get_ylim()
+  order = sorted(points, key=lambda name: points[name][1])
+  gap = (high - low) * 13.0 / (0.78 * ax.figure.bbox.height)
+  heights = np.array([points[name][1] for name in order])
+  for name, place in zip(order, spread(heights, gap, low, high)):
+    colour, _ = _look(comparison, name)
+    ax.annotate(
+      name, points[name], (1.03, place), xycoords="data",
+      textcoords=("axes fraction", "data"), va="center", color=colour,
+      fontsize=9.5, annotation_clip=False, gid=f"name-{name}",
+      arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": colour,
+                  "linewidth": 0.6, "alpha": 0.6, "shrinkA": 2, "shrinkB": 0},
     )  # fmt: skip
 
 
