@@ -9,6 +9,8 @@ once. Code below this boundary reads plain attributes and never a default.
 
 import dataclasses
 import difflib
+import functools
+import json
 import math
 import re
 import types
@@ -401,6 +403,9 @@ class DataConfig:
   tokenizer: str = option("byte", "byte, or the path of a tokenizer.json")
   store: str = option("token_store", "folder of the prepared token stores")
   seq_len: int = option(1024, "row length T in tokens")
+  order: int = option(
+    0, "another number shuffles the rows anew and begins with all of them"
+  )
   validation_fraction: float = option(
     0.01, "share of documents, chosen by hash, that are never trained on"
   )
@@ -429,6 +434,7 @@ class DataConfig:
       f"data.seq_len={self.seq_len} is beyond {_LONGEST_ROW}",
     )
     require(self.num_workers >= 0, "data.num_workers is negative")
+    require(self.order >= 0, "data.order is negative")
     require(
       0 <= self.validation_fraction < 1,
       f"data.validation_fraction={self.validation_fraction} is not in [0, 1)",
@@ -554,6 +560,80 @@ class LossConfig:
       require(getattr(self, name) >= 0, f"loss.{name} is negative")
 
 
+# What a phase may set: nothing of the state's shape.
+PHASE_OPTIONS = (
+  "optimizer.learning_rate", "optimizer.schedule.name",
+  "optimizer.schedule.warmup", "optimizer.schedule.decay",
+  "optimizer.schedule.decay_shape", "optimizer.schedule.final",
+  "loss.z_loss", "loss.load_balance", "loss.sequence_balance",
+  "loss.mutual_information", "loss.router_entropy", "loss.router_z",
+  "model.rope_theta", "data.weights", "data.seq_len", "data.order",
+  "train.batch_size", "train.accumulation_steps",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PhaseConfig:
+  """A stretch of the run in which some options are others.
+
+  In a config file a dictionary: `{"name": "anneal", "tokens": 100e9, "options":
+  {"optimizer.learning_rate": 4e-5}}`.
+
+  Attributes:
+    name: unique.
+    steps, tokens: its length, one of them; of the last phase neither: it ends
+      with the run.
+    options: (dotted option, value); all others are the config's.
+  """
+
+  name: str
+  steps: int = 0
+  tokens: float = 0.0
+  options: tuple[tuple[str, Any], ...] = ()
+
+  @classmethod
+  def from_value(cls, value: Any, path: str) -> Self:
+    """Builds and checks one from the mapping that a config file writes."""
+    if isinstance(value, cls):
+      return value
+    if not isinstance(value, (typing.Mapping, ml_collections.ConfigDict)):
+      raise ConfigError(f"{path}={value!r} must be a dictionary with a name")
+    fields = {"name": str, "steps": int, "tokens": float}
+    kwargs: dict[str, Any] = {}
+    for key in value:
+      if key == "options":
+        continue
+      if key not in fields:
+        raise ConfigError(
+          f"{path}: no key {key!r}; a phase has name, steps or tokens, options"
+        )
+      kwargs[key] = _check_type(fields[key], value[key], f"{path}.{key}")
+    if "name" not in kwargs or not kwargs["name"]:
+      raise ConfigError(f"{path} has no name")
+    options = dict(value["options"]) if "options" in value else {}
+    where = f"phase {kwargs['name']}"
+    for key in options:
+      if key not in PHASE_OPTIONS:
+        near = difflib.get_close_matches(key, PHASE_OPTIONS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+          f"{where} cannot set {key}{hint} Phases set "
+          f"{', '.join(PHASE_OPTIONS)}"
+        )
+      kind = option_at(key).type
+      options[key] = _check_type(kind, options[key], f"{where}: {key}")
+    return cls(**kwargs, options=tuple(options.items()))
+
+  def __post_init__(self):
+    for name in ("steps", "tokens"):
+      value = getattr(self, name)
+      require(value >= 0, f"phase {self.name}: {name}={value} is negative")
+    require(
+      not (self.steps and self.tokens),
+      f"phase {self.name} has steps and tokens; give one of them",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """The length and size of the run."""
@@ -561,6 +641,9 @@ class TrainConfig:
   num_steps: int = option(10_000, "optimizer steps")
   init_from: str = option(
     "", "folder of a run, trained or converted, whose weights this one takes"
+  )
+  phases: tuple[PhaseConfig, ...] = option(
+    (), "stretches of the run that set some options anew; see docs/phases.md"
   )
   batch_size: int = option(32, "rows of a global batch B")
   accumulation_steps: int = option(
@@ -695,14 +778,44 @@ class Config:
       tokens <= _LARGEST,
       f"train.batch_size * data.seq_len: {tokens} tokens are beyond {_LARGEST}",
     )
-    warmup, decay = self.optimizer.schedule.lengths(self.train.num_steps)
-    require(
-      warmup + decay <= self.train.num_steps,
-      f"optimizer.schedule.warmup and .decay, {warmup} and {decay} steps, do "
-      f"not fit in train.num_steps={self.train.num_steps}; shorten them or use "
-      "shares such as 0.1",
-    )
     self._check_parallel()
+    self._check_phases()
+    self._check_schedules()
+
+  def _check_schedules(self) -> None:
+    for start, steps, optimizer in schedule_stretches(self):
+      warmup, decay = optimizer.schedule.lengths(steps)
+      where = f"train.num_steps={steps}"
+      if self.train.phases:
+        where = f"the {steps} steps from step {start} on"
+      require(
+        warmup + decay <= steps,
+        f"optimizer.schedule.warmup and .decay, {warmup} and {decay} steps, do "
+        f"not fit in {where}; shorten them or use shares such as 0.1",
+      )
+
+  def _check_phases(self) -> None:
+    """Lengths, and whether the rest fits what each phase sets."""
+    *earlier, last = self.train.phases or (None,)
+    if last is None:
+      return
+    names = [phase.name for phase in self.train.phases]
+    require(len(set(names)) == len(names), f"train.phases: {names} repeats one")
+    require(
+      not (last.steps or last.tokens),
+      f"phase {last.name} is the last and ends at train.num_steps; give it no "
+      "steps or tokens",
+    )
+    for phase in earlier:
+      require(
+        bool(phase.steps or phase.tokens),
+        f"phase {phase.name} has no length; give it steps or tokens",
+      )
+    for phase in self.train.phases:
+      try:
+        _with_phase(self, phase)
+      except ConfigError as e:
+        raise ConfigError(f"phase {phase.name}: {e}") from None
 
   def _check_parallel(self) -> None:
     """What is split must divide; each message names sizes that would."""
@@ -754,7 +867,102 @@ class Config:
 
   def to_dict(self) -> dict[str, Any]:
     """Nested plain dictionary, the form stored as JSON with each run."""
-    return dataclasses.asdict(self)
+    values = dataclasses.asdict(self)
+    for phase in values["train"]["phases"]:
+      phase["options"] = dict(phase["options"])
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """A stretch of a run.
+
+  Attributes:
+    name: empty in a run without phases.
+    start: steps before it.
+    end: steps at its end.
+    config: what holds in it; it has no phases.
+    own_schedule: whether its learning rate is a schedule of its own.
+  """
+
+  name: str
+  start: int
+  end: int
+  config: "Config"
+  own_schedule: bool
+
+
+def _with_phase(config: Config, phase: PhaseConfig) -> Config:
+  """The config with what a phase sets."""
+  by_section: dict[str, dict[str, Any]] = {"train": {"phases": ()}}
+  schedule: dict[str, Any] = {}
+  for path, value in phase.options:
+    section_name, _, name = path.rpartition(".")
+    if section_name == "optimizer.schedule":
+      schedule[name] = value
+    else:
+      by_section.setdefault(section_name, {})[name] = value
+  if schedule:
+    by_section.setdefault("optimizer", {})["schedule"] = dataclasses.replace(
+      config.optimizer.schedule, **schedule
+    )
+  changed = {
+    name: dataclasses.replace(getattr(config, name), **values)
+    for name, values in by_section.items()
+  }
+  return dataclasses.replace(config, **changed)
+
+
+@functools.lru_cache(maxsize=64)
+def phases_of(config: Config) -> tuple[Phase, ...]:
+  """The phases of a run, in order; one without a name where it has none.
+
+  A phase that begins at or after `train.num_steps` is not there: the run ends
+  before it.
+  """
+  last = config.train.num_steps
+  if not config.train.phases:
+    return (Phase("", 0, last, config, True),)
+  found: list[Phase] = []
+  for phase in config.train.phases:
+    start = found[-1].end if found else 0
+    made = _with_phase(config, phase)
+    tokens = made.train.batch_size * made.data.seq_len
+    steps = phase.steps or math.ceil(phase.tokens / tokens) or last - start
+    own = any(path.startswith("optimizer.") for path, _ in phase.options)
+    end = min(start + steps, last)
+    if start < last:
+      found.append(Phase(phase.name, start, end, made, own or not found))
+  return tuple(found)
+
+
+def phase_at(config: Config, step: int) -> Phase:
+  """The phase of the step that comes after `step` steps; at the end, the last.
+
+  So a checkpoint after the last step of a phase belongs to the next one.
+  """
+  phases = phases_of(config)
+  return next((p for p in phases if step < p.end), phases[-1])
+
+
+def config_after(config: Config, step: int) -> Config:
+  """What held in the last of the first `step` steps; it has no phases."""
+  return phase_at(config, max(step - 1, 0)).config
+
+
+def schedule_stretches(
+  config: Config,
+) -> list[tuple[int, int, OptimizerConfig]]:
+  """(first step, steps, options) of each schedule of the learning rate.
+
+  A phase that sets options of the optimizer has a schedule of its own, over its
+  own steps and those of the phases after it that set none.
+  """
+  starts = [p for p in phases_of(config) if p.own_schedule]
+  ends = [p.start for p in starts[1:]] + [config.train.num_steps]
+  return [
+    (p.start, end - p.start, p.config.optimizer) for p, end in zip(starts, ends)
+  ]
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -883,6 +1091,10 @@ def _check_type(kind: Any, value: Any, path: str) -> Any:
     if not isinstance(value, (tuple, list)):
       raise ConfigError(f"{path}={value!r} must be a tuple, e.g. ({value!r},)")
     element = typing.get_args(kind)[0]
+    if element is PhaseConfig:
+      found = [PhaseConfig.from_value(v, f"{path}[{i}]")
+               for i, v in enumerate(value)]  # fmt: skip
+      return tuple(found)
     return tuple(_check_type(element, v, path) for v in value)
   if kind is float and type(value) is int:
     value = float(value)
@@ -900,6 +1112,8 @@ def _check_type(kind: Any, value: Any, path: str) -> Any:
 def _parse_text(kind: Any, text: str, path: str) -> Any:
   if isinstance(kind, types.GenericAlias):
     element = typing.get_args(kind)[0]
+    if element is PhaseConfig:
+      return _parse_phases(text, path)
     parts = text.strip("()[] ").split(",")
     parts = [part.strip(" '\"") for part in parts]
     return tuple(_parse_text(element, p, path) for p in parts if p)
@@ -911,6 +1125,18 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
     return kind(text)
   except ValueError:
     raise ConfigError(f"{path}={text!r} must be {kind.__name__}") from None
+
+
+def _parse_phases(text: str, path: str) -> tuple[PhaseConfig, ...]:
+  """A JSON list of dictionaries, as config.json has them."""
+  try:
+    values = json.loads(text)
+  except ValueError as e:
+    raise ConfigError(
+      f"{path} must be a JSON list of phases, such as "
+      f'[{{"name": "first", "steps": 100}}, {{"name": "rest"}}]: {e}'
+    ) from None
+  return _check_type(tuple[PhaseConfig, ...], values, path)
 
 
 def _multiples(n: int, of: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from moejax import data as data_lib
 from moejax import runs
 from moejax.checkpoint import Checkpointer, Restored
-from moejax.config import Config
+from moejax.config import Config, Phase, phase_at
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import evaluate
@@ -40,44 +40,61 @@ class Loop:
   def __init__(
     self,
     config: Config,
-    model: Transformer,
+    models: dict[Phase, Transformer],
     tokenizer: Tokenizer,
-    stores: Any,
+    stores: data_lib.PhasedStores,
     checkpoints: Checkpointer,
     workdir: Path,
     state: TrainState,
     restored: Restored | None,
   ):
     self.dropped_noted = False
-    self.config, self.model, self.tokenizer = config, model, tokenizer
+    self.config, self.models, self.tokenizer = config, models, tokenizer
     self.stores, self.checkpoints, self.workdir = stores, checkpoints, workdir
     self.state = state
     self.step = int(state.step)
+    self._enter(phase_at(config, self.step))
     self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
-    self.flops_per_token = train_flops_per_token(
-      config.model, config.data.seq_len
-    )
     self.saved_step = -1
     self.pending: tuple[int, dict[str, Any]] | None = None
     self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
     self.clock = time.perf_counter()
 
-  def run(self, train_step, guard: PreemptionGuard) -> bool:
-    """Trains until the end or a signal; True if a signal came first."""
-    config = self.config
-    last = config.train.num_steps
-    batches = data_lib.load_batches(
-      self.stores, config.data, "train", config.train.batch_size, config.seed,
-      start_step=self.step,
-      shards=shards_of(self.model, config.train.batch_size),
-    )  # fmt: skip
+  def run(self, programs: dict[Phase, Any], guard: PreemptionGuard) -> bool:
+    """Trains until the end or a signal; True if a signal came first.
+
+    Args:
+      programs: the compiled step of each phase that is left.
+      guard: of signals.
+    """
+    last = self.config.train.num_steps
     with (
-      batches,
       RunLog(self.workdir, self.step, jax.process_index() == 0) as self.log,
       TrainProgress(last, self.step) as self.progress,
     ):
       stop = False
       while self.step < last and not stop:
+        self._enter(phase_at(self.config, self.step))
+        if self.phase.name:
+          self.progress.message(describe_phase(self.config, self.phase))
+        stop = self._run_phase(programs[self.phase], guard)
+      self._log_pending()
+      if self.saved_step != self.step:
+        self._save()
+      self.checkpoints.wait()
+    return self.step < last
+
+  def _enter(self, phase: Phase) -> None:
+    self.phase, self.model = phase, self.models[phase]
+    self.flops_per_token = train_flops_per_token(
+      phase.config.model, phase.config.data.seq_len
+    )
+
+  def _run_phase(self, train_step: Any, guard: PreemptionGuard) -> bool:
+    """Trains to the phase's end; True if a signal came first."""
+    shards = shards_of(self.model, self.phase.config.train.batch_size)
+    with self.stores.batches(self.phase, self.step, shards) as batches:
+      while self.step < self.phase.end:
         with self._timed("input_wait"):
           batch = next(batches)
         self.state, metrics = train_step(
@@ -87,12 +104,11 @@ class Loop:
         self.step += 1
         self.pending = (self.step, metrics)
         self._after_step()
-        stop = guard.should_stop(self.step)
+        if guard.should_stop(self.step):
+          return True
+      # What is logged of the last step is of this phase.
       self._log_pending()
-      if self.saved_step != self.step:
-        self._save()
-      self.checkpoints.wait()
-    return self.step < last
+    return False
 
   def _after_step(self) -> None:
     config = self.config
@@ -122,6 +138,8 @@ class Loop:
     tokens = int(metrics["tokens"])
     self.tokens_seen += tokens
     metrics["tokens"] = self.tokens_seen
+    if self.phase.name:
+      metrics["phase"] = self.stores.number(self.phase)
     self.log.step(step, metrics)
     self._log_time(step, tokens, metrics)
 
@@ -180,8 +198,9 @@ class Loop:
       return
     with self._timed("evaluation"):
       values = evaluate(
-        config, self.model, self.state.variables, self.stores, self.tokenizer
-      )
+        self.phase.config, self.model, self.state.variables,
+        self.stores.of(self.phase), self.tokenizer,
+      )  # fmt: skip
       self.log.evaluation(self.step, values)
       self.progress.message(
         f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
@@ -197,7 +216,7 @@ class Loop:
     if jax.process_index():
       return
     (text,) = generate(
-      build(self.config.model), variables, self.tokenizer, [prompt],
+      build(self.phase.config.model), variables, self.tokenizer, [prompt],
       self.config.eval.sample_tokens, DEFAULT_SAMPLING,
     )  # fmt: skip
     self.log.sample(self.step, prompt, text)
@@ -211,7 +230,7 @@ class Loop:
         "tokens_seen": self.tokens_seen,
         "config": self.config.to_dict(),
         "tokenizer": self.tokenizer.digest,
-        "data": self.stores.fingerprint,
+        "data": self.stores.fingerprints,
         "versions": runs.versions(),
         "git_commit": runs.git_commit(),
       }
@@ -237,3 +256,11 @@ class _Timer:
 
 def _due(every: int, step: int) -> bool:
   return every > 0 and step % every == 0
+
+
+def describe_phase(config: Config, phase: Phase) -> str:
+  """One line: which steps, and what it sets."""
+  (options,) = (p.options for p in config.train.phases if p.name == phase.name)
+  said = ", ".join(f"{path}={value}" for path, value in options)
+  steps = f"steps {phase.start + 1:,} to {phase.end:,}"
+  return f"phase {phase.name}: {steps}; {said or 'the config as it is'}"

@@ -5,7 +5,8 @@ Sums come from the forward pass (cross entropy over tokens, `RouterStats` over
 layers and rows); every mean is taken here, once, over its scope.
 """
 
-import functools
+import dataclasses
+from typing import Self
 
 import flax.struct
 import jax
@@ -15,6 +16,26 @@ from moejax.config import LossConfig
 from moejax.routing import RouterStats
 
 Array = jax.Array
+
+
+@flax.struct.dataclass
+class LossWeights:
+  """Weights of the loss's terms, as in the config: numbers, or arrays of one.
+
+  A number that is 0 leaves its term out of the program.
+  """
+
+  z_loss: float | Array
+  load_balance: float | Array
+  sequence_balance: float | Array
+  mutual_information: float | Array
+  router_entropy: float | Array
+  router_z: float | Array
+
+  @classmethod
+  def of(cls, config: LossConfig) -> Self:
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{name: getattr(config, name) for name in names})
 
 
 @flax.struct.dataclass
@@ -39,7 +60,7 @@ def next_token_sums(
   table_VD: Array,
   targets_T: Array,
   mask_T: Array,
-  z_weight: float,
+  z_weight: float | Array,
   chunk_size: int,
 ) -> LossSums:
   """Cross entropy (and z-loss) sums, `chunk_size` tokens at a time.
@@ -71,7 +92,7 @@ def next_token_sums(
   return LossSums(total, jax.lax.stop_gradient(xent), z, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@jax.custom_vjp
 def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
   """(xent, z) sums; differentiating xent gives that of xent + z_weight * z."""
   table = table_VD.astype(hidden_CTD.dtype)
@@ -128,11 +149,11 @@ def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
   return (xent, z), (d_hidden_CTD, d_table_VD.astype(table_VD.dtype))
 
 
-def _xent_bwd(z_weight, residuals, cotangents):
-  del z_weight  # already in the residuals
+def _xent_bwd(residuals, cotangents):
   d_hidden_CTD, d_table_VD = residuals
   g = cotangents[0]
   return (
+    None,  # the weight is in the residuals, and learns nothing
     (g * d_hidden_CTD).astype(d_hidden_CTD.dtype),
     g * d_table_VD,
     None,
@@ -212,13 +233,22 @@ def router_entropy(stats: RouterStats) -> Array:
 
 
 def total_loss(
-  config: LossConfig, sums: LossSums, stats: RouterStats | None
+  config: LossConfig,
+  sums: LossSums,
+  stats: RouterStats | None,
+  weights: LossWeights | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """The scalar to differentiate and its terms by metric name.
 
   Router terms are logged as means and unweighted, so that they read the same at
   any weight and depth.
+
+  Args:
+    config: what the terms are.
+    sums, stats: of the batch.
+    weights: of the terms; None takes the config's.
   """
+  weights = LossWeights.of(config) if weights is None else weights
   tokens = _at_least_one(sums.tokens)
   loss = sums.total / tokens
   terms = {"loss/xent": sums.xent / tokens, "loss/z": sums.z / tokens}
@@ -226,16 +256,16 @@ def total_loss(
     balance = load_balance(stats, config.load_balance_scope)
     z = router_z(stats)
     routers = {"mean": 1, "sum": stats.z_B.shape[0]}[config.router_reduction]
-    loss += routers * (config.load_balance * balance + config.router_z * z)
+    loss += routers * (weights.load_balance * balance + weights.router_z * z)
     terms |= {"loss/balance": balance, "loss/router_z": z}
     for name, weight, term in (
-      ("sequence_balance", config.sequence_balance,
+      ("sequence_balance", weights.sequence_balance,
        lambda: load_balance(stats, "sequence")),
-      ("mutual_information", config.mutual_information,
+      ("mutual_information", weights.mutual_information,
        lambda: mutual_information(stats)),
-      ("router_entropy", config.router_entropy, lambda: router_entropy(stats)),
+      ("router_entropy", weights.router_entropy, lambda: router_entropy(stats)),
     ):  # fmt: skip
-      if weight:
+      if not isinstance(weight, float) or weight:
         terms[f"loss/{name}"] = term()
         loss += routers * weight * terms[f"loss/{name}"]
   return loss, {"loss/total": loss, **terms}

@@ -5,16 +5,18 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from moejax.config import Config
+from moejax.config import Config, Phase
 from moejax.errors import ConfigError
 from moejax.models import Transformer
 from moejax.models.placement import TOKENS
 from moejax.parallel import compile_overlapped
+from moejax.phases import shaped_like
 from moejax.progress import format_bytes
 from moejax.step import (
   BATCH_KEYS,
@@ -23,6 +25,28 @@ from moejax.step import (
   make_train_step,
   state_shardings,
 )
+
+
+def compile_phases(
+  config: Config, model: Transformer, mesh: Mesh, phases: Sequence[Phase]
+) -> dict[Phase, jax.stages.Compiled]:
+  """The step of each phase; phases of one shape share it.
+
+  Raises:
+    ConfigError: more memory than there is, naming the phase.
+  """
+  found: dict[Phase, jax.stages.Compiled] = {}
+  by_shape: dict[Config, jax.stages.Compiled] = {}
+  for phase in phases:
+    shaped = shaped_like(config, phase)
+    if shaped not in by_shape:
+      try:
+        by_shape[shaped] = compile_step(shaped, model, mesh)
+      except ConfigError as e:
+        where = f"phase {phase.name}: " if phase.name else ""
+        raise ConfigError(f"{where}{e}") from e
+    found[phase] = by_shape[shaped]
+  return found
 
 
 def compile_step(

@@ -9,12 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moejax.config import Config, OptimizerConfig, ScheduleConfig
+from moejax.config import (
+  Config,
+  OptimizerConfig,
+  ScheduleConfig,
+  schedule_stretches,
+)
 from moejax.errors import ConfigError
 
 
+def run_schedule(config: Config) -> optax.Schedule:
+  """Learning rate of each step of the run, `step -> rate`.
+
+  Phases that set it have schedules of their own, one after the other.
+  """
+  stretches = schedule_stretches(config)
+  parts = [make_schedule(optimizer, steps) for _, steps, optimizer in stretches]
+  if len(parts) == 1:
+    return parts[0]
+  return optax.join_schedules(parts, [start for start, *_ in stretches[1:]])
+
+
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Learning rate as a function of the step, `step -> rate`.
+  """Learning rate over `num_steps`, `step -> rate`.
 
   wsd is warm-up, stable, decay (Hu et al. 2024, MiniCPM; JetMoE): its stable
   part does not know the end of the run, so a run can be extended without
@@ -62,17 +79,22 @@ def _decay(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
 
 def schedule_values(config: Config) -> np.ndarray:
   """The learning rate of every step of the run, float32 [num_steps]."""
-  schedule = make_schedule(config.optimizer, config.train.num_steps)
+  schedule = run_schedule(config)
   steps = jnp.arange(config.train.num_steps)
   return np.asarray(jax.vmap(schedule)(steps), np.float32)
 
 
 def make_optimizer(
-  config: OptimizerConfig, num_steps: int
+  config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-  """Global-norm clip, then AdamW (Loshchilov & Hutter 2019)."""
+  """Global-norm clip, then AdamW (Loshchilov & Hutter 2019).
+
+  Args:
+    config: its rate and schedule play no part.
+    schedule: the learning rate, `step -> rate`.
+  """
   adamw = optax.adamw(
-    make_schedule(config, num_steps),
+    schedule,
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,

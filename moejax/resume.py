@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Going on with a run: what may have changed since, and what may not."""
 
+import itertools
 import os
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 
 from moejax import runs
 from moejax.checkpoint import Checkpointer, CheckpointReader, Restored
-from moejax.config import Config, differences
-from moejax.data import StoreSet, Tokenizer
+from moejax.config import Config, differences, phases_of, schedule_stretches
+from moejax.data import PhasedStores, Tokenizer
 from moejax.errors import CheckpointError
 from moejax.optimizer import schedule_values
 from moejax.step import TrainState
@@ -44,7 +45,7 @@ def restore_or_none(
   abstract: TrainState,
   checkpoints: Checkpointer,
   tokenizer: Tokenizer,
-  stores: StoreSet,
+  stores: PhasedStores,
 ) -> Restored | None:
   """The newest valid checkpoint, if it is of this very run.
 
@@ -59,13 +60,19 @@ def restore_or_none(
     return None
   meta = checkpoints.read_meta()
   check_same_run(config, meta)
-  for name, mine in (
-    ("tokenizer", tokenizer.digest), ("data", stores.fingerprint)
-  ):  # fmt: skip
-    if meta[name] != mine:
+  theirs = meta["data"]
+  # Of phases that had begun; one string where there were none yet.
+  theirs = [theirs] if isinstance(theirs, str) else theirs
+  digests = [("tokenizer", meta["tokenizer"], tokenizer.digest)]
+  for phase, before, now in zip(phases_of(config), theirs, stores.fingerprints):
+    if phase.start < meta["step"]:
+      where = f"data of phase {phase.name}" if phase.name else "data"
+      digests.append((where, before, now))
+  for name, before, now in digests:
+    if before != now:
       raise CheckpointError(
         f"the {name} changed since step {meta['step']} (sha256 "
-        f"{meta[name][:12]} -> {mine[:12]}); put it back or use a new --workdir"
+        f"{before[:12]} -> {now[:12]}); put it back or use a new --workdir"
       )
   return checkpoints.restore(abstract)
 
@@ -74,7 +81,7 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
   """Refuses to go on with a config that would change what was trained.
 
   `train.num_steps` may grow as long as the learning rates of the steps already
-  done stay what they were.
+  done stay what they were, and phases may change that have not begun.
 
   Raises:
     CheckpointError: naming each key that differs.
@@ -87,17 +94,16 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
     for line in differences(stored.to_dict(), config.to_dict())
     if not line.startswith(FREE_OPTIONS)
   ]
-  schedule_only = [
-    line for line in changed
-    if not line.startswith(("train.num_steps", "optimizer.schedule."))
-  ]  # fmt: skip
-  if schedule_only:
+  later = ("train.num_steps", "train.phases", "optimizer.schedule.")
+  for_good = [line for line in changed if not line.startswith(later)]
+  if for_good:
     raise CheckpointError(
-      "the config differs from the run's in " + "; ".join(schedule_only)
+      "the config differs from the run's in " + "; ".join(for_good)
       + "; put it back, or use a new --workdir"
     )  # fmt: skip
   if changed:
     done = meta["step"]
+    _check_phases_done(stored, config, done)
     before = schedule_values(stored)[:done]
     after = schedule_values(config)[:done]
     if len(after) < done or not np.array_equal(before, after):
@@ -108,10 +114,34 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
       )
 
 
+def _check_phases_done(stored: Config, config: Config, done: int) -> None:
+  """Refuses phases that change what was done in the first `done` steps."""
+  begun = [
+    [p for p in phases_of(c) if p.start < done] for c in (stored, config)
+  ]
+  for before, now in itertools.zip_longest(*begun):
+    if before is None or now is None or before.start != now.start:
+      raise CheckpointError(
+        f"train.phases would begin other phases before step {done}, which the "
+        "run has reached; put them back, or use a new --workdir"
+      )
+    changed = [
+      line
+      for line in differences(before.config.to_dict(), now.config.to_dict())
+      if not line.startswith((*FREE_OPTIONS, "train.num_steps", "optimizer."))
+    ]
+    if changed:
+      raise CheckpointError(
+        f"phase {before.name or now.name} has begun and would differ in "
+        f"{'; '.join(changed)}; put it back, or use a new --workdir"
+      )
+
+
 def how_to_go_on(config: Config) -> str:
   """What a person may do with a run that reached its last step."""
-  decay = config.optimizer.schedule.lengths(config.train.num_steps)[1]
-  if config.optimizer.schedule.name == "wsd" and not decay:
+  *_, (_, steps, optimizer) = schedule_stretches(config)
+  decay = optimizer.schedule.lengths(steps)[1]
+  if optimizer.schedule.name == "wsd" and not decay:
     return "raise train.num_steps to go on"
   return (
     "its learning rate has decayed, so a longer run needs a new --workdir (or "

@@ -20,7 +20,12 @@ import jax
 
 from moejax.checkpoint import Checkpointer, CheckpointReader
 from moejax.cli import make_importable
-from moejax.config import Config, ParallelConfig
+from moejax.config import (
+  Config,
+  ParallelConfig,
+  config_after,
+  phases_of,
+)
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, DataError, UserError
 from moejax.files import write_atomically
@@ -69,7 +74,8 @@ def load_run(
     workdir: folder of the run.
     step: of the checkpoint.
     parallel: the mesh to put it on, whatever it was trained on; None is one
-      device. The config that comes back has it, and a batch of a row a part.
+      device. The config that comes back has it, and a batch of a row a part;
+      it is that of the checkpoint's phase.
 
   Raises:
     ConfigError: a mesh that does not fit the devices or the model.
@@ -78,18 +84,23 @@ def load_run(
       that is not the one it was trained with.
   """
   keep_freed_memory()
-  config = read_config(workdir)
+  of_run = read_config(workdir)
+  config = phases_of(of_run)[0].config  # phases differ in no shape
   if parallel is None:
-    model = build(config.model)
-    abstract = abstract_variables(model)
+    abstract = abstract_variables(build(config.model))
   else:
-    config = _on_mesh(config, parallel)
     mesh = make_mesh(parallel)
-    model = build_on_mesh(config, mesh)
+    model = build_on_mesh(_on_mesh(config, parallel), mesh)
     abstract = _abstract_on_mesh(model, mesh)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
   restored = checkpoints.restore_params(abstract, step)
   tokenizer = read_tokenizer(workdir, restored.meta)
+  config = config_after(of_run, restored.step)
+  if parallel is None:
+    model = build(config.model)
+  else:
+    config = _on_mesh(config, parallel)
+    model = build_on_mesh(config, mesh)
   return Run(config, model, restored.state, tokenizer, restored.step)
 
 

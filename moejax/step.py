@@ -18,7 +18,8 @@ from moejax.models import Rows, Transformer, Variables, init_variables
 from moejax.models.placement import TABLE, TOKENS, Axes, OneDevice, Partial
 from moejax.models.router_state import as_router_state
 from moejax.models.transformer import boxed_variables
-from moejax.optimizer import make_optimizer, make_schedule
+from moejax.optimizer import make_optimizer, run_schedule
+from moejax.phases import AtStep, at_step
 from moejax.routing import RouterStats, balance, resolve
 
 Array = jax.Array
@@ -71,7 +72,7 @@ def init_state(
   params_key, rng = jax.random.split(key)
   variables = init_variables(model, params_key)
   params = variables["params"]
-  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  optimizer = make_optimizer(config.optimizer, run_schedule(config))
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -92,7 +93,7 @@ def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
   variables = parallel.shardings(mesh, boxed_variables(model))
   everywhere = NamedSharding(mesh, PartitionSpec())
   state = jax.eval_shape(lambda: init_state(config, model))
-  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+  optimizer = make_optimizer(config.optimizer, run_schedule(config))
   # Moments are split over copies of the parameters too (Rajbhandari et al.
   # 2020, "ZeRO", stage 1): no layer needs them whole.
   moments = parallel.shardings(mesh, boxed_variables(model), ("data",))
@@ -130,14 +131,18 @@ def make_train_step(
   `learning_rate`, `tokens` (targets of the batch), the router's, and `load_LE`,
   each expert's share.
   """
-  optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-  schedule = make_schedule(config.optimizer, config.train.num_steps)
+  schedule = run_schedule(config)
+  optimizer = make_optimizer(config.optimizer, schedule)
 
   def train_step(state, batch):
+    at = at_step(config, state.step)
+
     def loss_fn(params):
       variables = state.replace(params=params).variables
-      sums, stats = batch_sums(config, model, variables, batch, step_rng(state))
-      loss, terms = losses.total_loss(config.loss, sums, stats)
+      sums, stats = batch_sums(
+        config, model, variables, batch, step_rng(state), at
+      )
+      loss, terms = losses.total_loss(config.loss, sums, stats, at.loss)
       return loss, (terms, sums, stats)
 
     grads, (metrics, sums, stats) = jax.grad(loss_fn, has_aux=True)(
@@ -179,6 +184,7 @@ def batch_sums(
   variables: Variables,
   batch: Batch,
   rng: Array | None,
+  at: AtStep | None = None,
 ) -> tuple[losses.LossSums, RouterStats | None]:
   """Loss and router sums of a global batch, in microbatches if asked.
 
@@ -192,13 +198,14 @@ def batch_sums(
     batch: tokens, targets, segment_ids, positions int32 and loss_mask bool,
       each [B, T].
     rng: key of this step's routing noise; None for none.
+    at: what holds at this step; None takes the config's own.
   """
   B = batch["tokens"].shape[0]
   rng_B = None
   if rng is not None:
     rng_B = jax.vmap(lambda b: jax.random.fold_in(rng, b))(jnp.arange(B))
   forward = lambda micro, keys: _forward_sums(
-    config, model, variables, micro, keys
+    config, model, variables, micro, keys, at
   )
   M = config.train.accumulation_steps
   if M == 1:
@@ -214,26 +221,30 @@ def batch_sums(
   return sums, jax.tree.map(join, stats)
 
 
-def _forward_sums(config, model, variables, batch, rng_B):
+def _forward_sums(config, model, variables, batch, rng_B, at=None):
   """Sums of one microbatch."""
-  rows = Rows(batch["segment_ids"], batch["positions"], rng_B)
+  at = at or AtStep(losses.LossWeights.of(config.loss))
+  rows = Rows(batch["segment_ids"], batch["positions"], rng_B, rope_H=at.rope_H)
   output = model.apply(variables, batch["tokens"], rows)
   table_VD = model.apply(variables, method="output_table")
 
-  def local(table_VD, hidden_BTD, *labels):
+  def local(table_VD, z_weight, hidden_BTD, *labels):
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     hidden_TD, targets_T, mask_T = map(flat, (hidden_BTD, *labels))
     return losses.next_token_sums(
-      hidden_TD, table_VD, targets_T, mask_T, config.loss.z_loss,
-      config.loss.chunk_size,
+      hidden_TD, table_VD, targets_T, mask_T, z_weight, config.loss.chunk_size
     )  # fmt: skip
 
   # Every device takes tokens of its own, also those that share heads.
   tokens = Axes("batch", "spread_tokens")
   hidden = Axes("batch", "spread_tokens", None)
   sums = model.placement.local(
-    local, (TABLE, hidden, tokens, tokens), Partial(Axes(), tuple(tokens))
-  )(table_VD, output.hidden_BTD, batch["targets"], batch["loss_mask"])
+    local, (TABLE, Axes(), hidden, tokens, tokens),
+    Partial(Axes(), tuple(tokens)),
+  )(
+    table_VD, at.loss.z_loss, output.hidden_BTD, batch["targets"],
+    batch["loss_mask"],
+  )  # fmt: skip
   return sums, output.stats
 
 

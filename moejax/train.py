@@ -25,6 +25,7 @@ from moejax.config import (
   default_config,
   describe_options,
   differences,
+  phases_of,
 )
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
@@ -32,7 +33,7 @@ from moejax.generate import can_generate
 from moejax.hardware import keep_freed_memory
 from moejax.init_from import weights_of
 from moejax.loop import Loop
-from moejax.memory import check_state_fits, compile_step
+from moejax.memory import check_state_fits, compile_phases
 from moejax.models import Transformer, count
 from moejax.models.transformer import describe_backends
 from moejax.parallel import build_on_mesh, distributed, make_mesh
@@ -97,8 +98,8 @@ def train(
   # Before anything is written: what is wrong with the data or the config.
   refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)
-  stores = data_lib.open_stores(config.data, tokenizer)
-  if config.eval.every and not stores.rows("validation"):
+  stores = data_lib.PhasedStores.open(config, tokenizer)
+  if config.eval.every and not all(s.rows("validation") for s in stores.stores):
     raise DataError(
       "no validation rows: raise data.validation_fraction and prepare again, "
       "or set eval.every=0"
@@ -120,7 +121,7 @@ def train(
         else _fresh_state(config, model, tokenizer, shardings)
       )
       start = int(state.step)
-      announce(config, model, stores, workdir, start)
+      announce(config, model, stores.stores[0], workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
         if first:
@@ -128,13 +129,16 @@ def train(
         if report:
           _report(workdir)
         return 0
+      left = [p for p in phases_of(config) if p.end > start]
+      models = {p: build_on_mesh(p.config, mesh) for p in phases_of(config)}
       loop = Loop(
-        config, model, tokenizer, stores, checkpoints, workdir, state, restored
+        config, models, tokenizer, stores, checkpoints, workdir, state, restored
       )
-      train_step = compile_step(config, model, mesh)
+      # All of them now: the last phase is not to fail after a month.
+      programs = compile_phases(config, model, mesh, left)
       if first:
         runs.write_files(workdir, config, tokenizer)
-      stopped = loop.run(train_step, guard)
+      stopped = loop.run(programs, guard)
     if report:
       _report(workdir)
   if stopped:

@@ -9,7 +9,12 @@ import pytest
 
 from moejax.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
 from moejax.errors import ConfigError
-from moejax.optimizer import decay_mask, make_optimizer, schedule_values
+from moejax.optimizer import (
+  decay_mask,
+  make_optimizer,
+  make_schedule,
+  schedule_values,
+)
 
 
 def rates(num_steps=100, **schedule):
@@ -99,7 +104,7 @@ def test_adamw_with_clip_against_the_formula(clip):
     learning_rate=0.1, clip_norm=clip, eps=1e-3,
     schedule=ScheduleConfig(warmup=0.0, decay=0.0),
   )  # fmt: skip
-  optimizer = make_optimizer(config, 100)
+  optimizer = make_optimizer(config, make_schedule(config, 100))
   params = {"w": jnp.ones(1)}
   state = optimizer.init(params)
   grads = [0.2, -0.9, 1.7]
@@ -119,10 +124,13 @@ def test_clip_is_that_of_optax(size):
   draw = lambda p: jnp.asarray(size * rng.normal(size=p.shape), jnp.float32)
   grads = jax.tree.map(draw, PARAMS)
   ours, theirs = (
-    make_optimizer(config, 10_000),
+    make_optimizer(config, make_schedule(config, 10_000)),
     optax.chain(
       optax.clip_by_global_norm(0.3),
-      make_optimizer(dataclasses.replace(config, clip_norm=0.0), 10_000),
+      make_optimizer(
+        dataclasses.replace(config, clip_norm=0.0),
+        make_schedule(config, 10_000),
+      ),
     ),
   )
   (_, got), (_, want) = (
@@ -141,7 +149,7 @@ def test_decay_mask_reaches_the_optimizer():
   config = dataclasses.replace(
     OptimizerConfig(), weight_decay=0.5, no_decay=("scale",), clip_norm=0.0
   )
-  optimizer = make_optimizer(config, 10_000)
+  optimizer = make_optimizer(config, make_schedule(config, 10_000))
   state = optimizer.init(PARAMS)
   zero = {
     "norm": {"scale": jnp.zeros(2)},

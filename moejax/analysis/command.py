@@ -17,7 +17,7 @@ from moejax.analysis.similarities import similarity
 from moejax.analysis.surveys import Plan, Survey, survey_all
 from moejax.analysis.vocabulary import token_table
 from moejax.cli import apply_overrides, parse_overrides
-from moejax.config import ParallelConfig, default_config
+from moejax.config import ParallelConfig, config_after, default_config
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count
 
@@ -61,7 +61,7 @@ def analyze(
     UserError: the folder cannot be written.
   """
   last, folder = checkpoints[-1], pathlib.Path(folder)
-  config = runs.read_config(last.folder)
+  config = config_after(runs.read_config(last.folder), last.step)
   tokenizer = runs.read_tokenizer(last.folder)
   plan.num_rows(config.data)  # refuses too few before anything is computed
   text.require_text(plan.domains, tokenizer, config.data)

@@ -15,7 +15,7 @@ import numpy as np
 from moejax import runs
 from moejax.checkpoint import CheckpointReader, LeafReader
 from moejax.checkpoint.leaves import describe
-from moejax.config import Config, ModelConfig, differences
+from moejax.config import Config, ModelConfig, config_after, differences
 from moejax.convert import hub_files
 from moejax.convert.from_hf import HUB, hub_config
 from moejax.convert.hub_config import HubConfig
@@ -63,9 +63,10 @@ def to_hf(
   """
   source = Path(source)
   config, words = runs.read_config(source), runs.read_tokenizer(source)
-  name, values = hub_values(config.model, words, hub_config(source), family)
   checkpoints = CheckpointReader(runs.checkpoint_folder(source))
   found, meta, leaves = checkpoints.open_leaves(ITEMS, step)
+  config = config_after(config, found)
+  name, values = hub_values(config.model, words, hub_config(source), family)
   mark = {"from": os.path.abspath(source), "step": found}
   mark |= {"tokenizer": meta["tokenizer"]}
   export = Export(Path(target), name, values, config.model, leaves, dtype)

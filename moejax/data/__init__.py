@@ -16,11 +16,13 @@ from moejax.data.loader import (
   load_batches,
   validation_batches,
 )
+from moejax.data.phased import PhasedStores
 from moejax.data.store_set import StoreSet, open_stores
 from moejax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
   "BatchIterator",
+  "PhasedStores",
   "Shards",
   "StoreSet",
   "Tokenizer",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moejax import cli
-from moejax.config import DataConfig
+from moejax.config import DataConfig, phases_of
 from moejax.data import sources
 from moejax.data.builder import prepare
 from moejax.data.tokenizer import train_tokenizer
@@ -83,8 +83,11 @@ def _add_train_tokenizer(commands: argparse._SubParsersAction) -> None:
 def _prepare(
   parser: argparse.ArgumentParser, args: argparse.Namespace, extra: list[str]
 ) -> int:
+  lengths: tuple[int, ...] = ()
   if args.config:
-    config = cli.parse_config(args.config, extra).data
+    whole = cli.parse_config(args.config, extra)
+    config = whole.data
+    lengths = tuple(p.config.data.seq_len for p in phases_of(whole))
   elif args.sources:
     if extra:
       parser.error(f"unknown argument {extra[0]!r}")
@@ -100,8 +103,12 @@ def _prepare(
   config = dataclasses.replace(config, **changes)
   if args.processes < 0:
     parser.error("--processes is negative")
+  if args.seq_len or not lengths:
+    lengths = (config.seq_len,)
   try:
-    prepare(config, processes=args.processes, rebuild=args.rebuild)
+    for seq_len in dict.fromkeys(lengths):  # of all phases
+      rows = dataclasses.replace(config, seq_len=seq_len)
+      prepare(rows, processes=args.processes, rebuild=args.rebuild)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on", file=sys.stderr)
     return 130

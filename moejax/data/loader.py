@@ -121,6 +121,8 @@ def load_batches(
   *,
   start_step: int = 0,
   shards: Shards | None = None,
+  mixture: Mixture | None = None,
+  first_row: int = 0,
 ) -> BatchIterator:
   """Endless training batches, from step `start_step` on.
 
@@ -132,6 +134,8 @@ def load_batches(
     seed: of the order; each source is shuffled anew in each of its epochs.
     start_step: the first batch to return.
     shards: which rows of each batch this process returns; None: all.
+    mixture: of the sources; None takes the stores' weights for all rows.
+    first_row: of batch 0 in the mixture.
 
   Raises:
     DataError: a source has no rows in this split; while iterating: a damaged
@@ -146,10 +150,10 @@ def load_batches(
 
   dataset = grain.MapDataset.select_from_datasets(
     [
-      _rows(stores, n, split, seed).repeat(None)
+      _rows(stores, n, split, seed, config.order).repeat(None)
       for n in range(len(stores.stores))
     ],
-    _ByShard(Mixture([(0, stores.weights)]), shards),
+    _ByShard(mixture or Mixture([(0, stores.weights)]), shards, first_row),
   )
   ahead = max(1, config.prefetch_rows // len(shards.mine))
   workers = None
@@ -289,6 +293,7 @@ class _ByShard:
 
   mixture: Mixture
   shards: Shards
+  first_row: int = 0
 
   def __len__(self) -> int:
     return sys.maxsize
@@ -296,7 +301,8 @@ class _ByShard:
   def __getitem__(self, index: int) -> tuple[int, int]:
     start = index - index % self.shards.batch_size
     place, shard = divmod(index - start, len(self.shards.rows))
-    return self.mixture[start + self.shards.rows[shard][place]]
+    row = start + self.shards.rows[shard][place]
+    return self.mixture[self.first_row + row]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +345,9 @@ def _batch(elements: np.ndarray) -> Batch:
   }
 
 
-def _rows(stores: StoreSet, number: int, split: str, seed: int) -> Any:
+def _rows(
+  stores: StoreSet, number: int, split: str, seed: int, order: int = 0
+) -> Any:
   """A Grain dataset of one store's rows, in another order each epoch."""
   import grain
 
@@ -348,8 +356,8 @@ def _rows(stores: StoreSet, number: int, split: str, seed: int) -> Any:
   if s.rows(split) >= 2**31:  # Grain shuffles, and elements hold, 32-bit ids
     raise DataError(f"{s.folder} has too many rows; split the source in two")
   # Grain adds the epoch to the seed: plain seeds would repeat each other.
-  key = f"{seed}/{number}".encode()
-  digest = hashlib.blake2b(key, digest_size=4).digest()
+  key = f"{seed}/{number}" if not order else f"{seed}/{number}/{order}"
+  digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
   return (
     grain.MapDataset.range(max(1, s.rows(split)))
     .shuffle(seed=int.from_bytes(digest))

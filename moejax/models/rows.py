@@ -21,12 +21,14 @@ class Rows:
     positions_BT: int32, position within the document.
     rng_B: one key a row for routing noise; None where nothing is random.
     tokens_BT: int32, the tokens' ids; the transformer sets them.
+    rope_H: RoPE's frequencies in place of the config's; None takes those.
   """
 
   segment_ids_BT: Array
   positions_BT: Array
   rng_B: Array | None = None
   tokens_BT: Array | None = None
+  rope_H: Array | None = None
 
   def token_keys(self, layer: Array) -> Array | None:
     """One key per token [B, T] of this layer, whatever the batch's split."""

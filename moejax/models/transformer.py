@@ -15,7 +15,7 @@ from moejax.models.attention import query_parts
 from moejax.models.backends import Backends
 from moejax.models.block import Block, Repeat
 from moejax.models.layers import Norm, weight
-from moejax.models.placement import STREAM, TABLE, TOKENS, OneDevice
+from moejax.models.placement import STREAM, TABLE, TOKENS, Axes, OneDevice
 from moejax.models.rope import angle_factor, rope_angles, rope_frequencies
 from moejax.models.rows import Context, KVCache, Rows
 from moejax.models.watching import COLLECTION
@@ -100,15 +100,19 @@ class Transformer(nn.Module):
     )  # fmt: skip
     x_BTD = embed(self.w_embed_VD, tokens_BT)
     keys = cache.append_rows(rows) if cache else None
-    frequencies_H = rope_frequencies(
-      cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling_spec
-    )
+    frequencies_H = rows.rope_H
+    if frequencies_H is None:
+      frequencies_H = rope_frequencies(
+        cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling_spec
+      )
     factor = angle_factor(cfg.rope_scaling_spec)
     angles = placement.local(
-      lambda positions_BT: rope_angles(positions_BT, frequencies_H, factor),
-      (TOKENS,), STREAM,
-    )(rows.positions_BT)  # fmt: skip
-    context = Context(rows, *angles, keys)
+      lambda positions_BT, frequencies_H: rope_angles(
+        positions_BT, frequencies_H, factor
+      ),
+      (TOKENS, Axes(None)), STREAM,
+    )(rows.positions_BT, frequencies_H)  # fmt: skip
+    context = Context(rows.replace(rope_H=None), *angles, keys)
     prefix_stats, prefix_caches, shared = (), [], None
     for i, block in enumerate(self.prefix):
       layer_cache = cache.prefix[i] if cache else None
