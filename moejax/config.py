@@ -642,6 +642,11 @@ class TrainConfig:
   init_from: str = option(
     "", "folder of a run, trained or converted, whose weights this one takes"
   )
+  branch_from: str = option(
+    "",
+    "RUN or RUN:step whose whole state this run begins with, steps and "
+    "data included",
+  )
   phases: tuple[PhaseConfig, ...] = option(
     (), "stretches of the run that set some options anew; see docs/phases.md"
   )
@@ -653,6 +658,11 @@ class TrainConfig:
   def __post_init__(self):
     require_positive(
       "train", self, "num_steps", "batch_size", "accumulation_steps"
+    )
+    require(
+      not (self.init_from and self.branch_from),
+      "train.init_from takes weights, train.branch_from the whole state; give "
+      "one of them",
     )
     require(
       self.batch_size % self.accumulation_steps == 0,

@@ -3,6 +3,7 @@
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ FREE_OPTIONS = (
   "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
   "data.store", "train.accumulation_steps", "model.remat",
   "model.attention", "model.moe.matmul", "model.moe.dispatch",
-  "loss.chunk_size", "parallel.",
+  "loss.chunk_size", "parallel.", "train.branch_from",
 )  # fmt: skip
 
 
@@ -49,6 +50,9 @@ def restore_or_none(
 ) -> Restored | None:
   """The newest valid checkpoint, if it is of this very run.
 
+  In a folder without one: that of `train.branch_from`, whose rules are the
+  same; None if there is none either.
+
   Args:
     abstract: the state to return, with a sharding for each leaf.
     config, checkpoints, tokenizer, stores: of the run.
@@ -56,9 +60,13 @@ def restore_or_none(
   Raises:
     CheckpointError: it is of another run, or none is intact.
   """
+  step = None
   if checkpoints.is_empty():
-    return None
-  meta = checkpoints.read_meta()
+    if not config.train.branch_from:
+      return None
+    source, step = branch_point(config.train.branch_from)
+    checkpoints = CheckpointReader(runs.checkpoint_folder(source))
+  meta = checkpoints.read_meta(step)
   check_same_run(config, meta)
   theirs = meta["data"]
   # Of phases that had begun; one string where there were none yet.
@@ -74,7 +82,34 @@ def restore_or_none(
         f"the {name} changed since step {meta['step']} (sha256 "
         f"{before[:12]} -> {now[:12]}); put it back or use a new --workdir"
       )
-  return checkpoints.restore(abstract)
+  return checkpoints.restore(abstract, step)
+
+
+def branch_point(name: str) -> tuple[Path, int]:
+  """Folder and step of `RUN` (its newest) or `RUN:step`.
+
+  Raises:
+    DataError: no run there.
+    CheckpointError: no such step, or weights that were converted.
+  """
+  path, colon, number = name.rpartition(":")
+  if not (colon and number.isascii() and number.isdecimal()):
+    path, number = name, ""
+  runs.read_config(path)
+  checkpoints = CheckpointReader(runs.checkpoint_folder(path))
+  steps = checkpoints.steps()
+  step = int(number) if number else checkpoints.latest()
+  if step is None or step not in steps:
+    listed = ", ".join(map(str, steps)) or "none"
+    raise CheckpointError(
+      f"train.branch_from={name}: no such checkpoint; there are {listed}"
+    )
+  if "converted_from" in checkpoints.read_meta(step):
+    raise CheckpointError(
+      f"train.branch_from={name} are converted weights without a state; use "
+      "train.init_from"
+    )
+  return Path(path), step
 
 
 def check_same_run(config: Config, meta: dict[str, Any]) -> None:

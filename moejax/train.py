@@ -8,6 +8,7 @@ newest valid checkpoint and ends with the same bytes as if never stopped.
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ from moejax.hardware import keep_freed_memory
 from moejax.init_from import weights_of
 from moejax.loop import Loop
 from moejax.memory import check_state_fits, compile_phases
+from moejax.metrics import FILES
 from moejax.models import Transformer, count
 from moejax.models.transformer import describe_backends
 from moejax.parallel import build_on_mesh, distributed, make_mesh
-from moejax.resume import how_to_go_on, refuse_converted, restore_or_none
+from moejax.resume import (
+  branch_point,
+  how_to_go_on,
+  refuse_converted,
+  restore_or_none,
+)
 from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
 from moejax.step import (
   TrainState,
@@ -121,6 +128,8 @@ def train(
         else _fresh_state(config, model, tokenizer, shardings)
       )
       start = int(state.step)
+      if first and start and checkpoints.is_empty():
+        _take_logs(config, workdir)
       announce(config, model, stores.stores[0], workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
@@ -216,6 +225,16 @@ def _fresh_state(
       for name, tree in weights.items()
     }
   )
+
+
+def _take_logs(config: Config, workdir: Path) -> None:
+  """A branch begins with the lines of what it goes on from."""
+  source, step = branch_point(config.train.branch_from)
+  print(f"a branch of {source}, step {step}")
+  workdir.mkdir(parents=True, exist_ok=True)
+  for name in FILES:  # `RunLog` cuts what came later
+    if (source / name).exists():
+      shutil.copyfile(source / name, workdir / name)
 
 
 def _on_host(tree: Any) -> Any:

@@ -284,3 +284,36 @@ def test_a_missing_store_of_a_later_phase_is_said_at_the_start(place, capsys):
   with pytest.raises(Exception, match="seq_len=128"):
     open_stores(phases_of(config_of(phases))[1].config.data,
                 load_tokenizer("byte"))  # fmt: skip
+
+
+def test_a_decay_branches_from_any_stable_checkpoint(place):
+  """As if the run had been to decay from the start."""
+  decay = {"optimizer__schedule__decay": 6, "train__num_steps": 21}
+  assert train(config_of([], train__num_steps=20), "stable", report=False) == 0
+  assert train(config_of([], **decay), "decayed", report=False) == 0
+  branch = config_of([], **decay, train__branch_from="stable:15")
+  assert train(branch, "branch", report=False) == 0
+  assert_same_run(place / "branch", place / "decayed")
+
+
+@pytest.mark.parametrize(
+  "more, message",
+  [
+    ({"train__branch_from": "nowhere:5"}, "nowhere"),
+    ({"train__branch_from": "stable:16"}, "no such checkpoint; there are"),
+    ({"train__branch_from": "stable:15", "train__batch_size": 8},
+     "train.batch_size: 4 -> 8"),
+    ({"train__branch_from": "stable:15", "optimizer__schedule__decay": 10},
+     "would change the learning rate of steps already done"),
+    ({"train__branch_from": "stable", "train__init_from": "stable"},
+     "give one of them"),
+  ],
+)  # fmt: skip
+def test_bad_branches(place, capsys, more, message):
+  if not (place / "stable").exists():
+    train(config_of([], train__num_steps=20), "stable", report=False)
+  more = {"train__num_steps": 21} | more
+  args = ["train", *options([], **more), "--workdir=bad"]
+  assert main(args) == 2
+  assert message in capsys.readouterr().err
+  assert not (place / "bad" / "config.json").exists()
