@@ -16,9 +16,10 @@ docs/pods.md:
     --config.model.remat=experts
 
 16 experts top-4, renormalised; LayerNorm without bias; queries, keys and values
-clipped to +-8; RoPE base 500,000; balancing loss 0.05, no z-loss. Optimizer,
-learning rate, batch and mixture are not published: those here are a start for a
-study, not the recipe.
+clipped to +-8; RoPE base 500,000; balancing loss 0.05, no z-loss. Its data
+followed a curriculum, the best of it last (press reports: the last week of
+about two months). Shares, optimizer, learning rate and batch are not published:
+those here are a start for a study, not the recipe.
 """
 
 from moejax.config import default_config
@@ -49,11 +50,19 @@ def get_config(arg=""):
 
   config.optimizer.learning_rate = 2e-4  # not published
   config.optimizer.schedule.warmup = 2000.0
-  config.data.sources = ("data/dbrx/*.jsonl.gz",)
+  config.data.sources = (
+    "data/dbrx/web/*.jsonl.gz", "data/dbrx/code/*.jsonl.gz",
+    "data/dbrx/curated/*.jsonl.gz",
+  )  # fmt: skip
+  config.data.weights = (70.0, 25.0, 5.0)
   config.data.tokenizer = "tokenizers/dbrx/tokenizer.json"
   config.data.seq_len = 32768
   config.train.batch_size = 512
   config.train.num_steps = 715_000  # 12 T tokens
+  config.train.phases = (
+    {"name": "broad", "tokens": 10.5e12},
+    {"name": "curated", "options": {"data.weights": (30.0, 30.0, 40.0)}},
+  )
   config.checkpoint.every = 2000
   config.eval.every = 2000
 
@@ -65,9 +74,14 @@ def get_config(arg=""):
 
 
 def _shrink(config):
-  from tiny import shrink_training
+  from tiny import mix_two, shrink_training
 
   shrink_training(config)
+  mix_two(config)
+  config.train.phases = (
+    {"name": "broad", "steps": 105},
+    {"name": "curated", "options": {"data.weights": (3.0, 7.0)}},
+  )
   model = config.model
   model.d_model = 96
   model.num_layers = 3

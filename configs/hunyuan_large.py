@@ -20,7 +20,14 @@ expert's capacity go at random to those with room (recycle routing). Every
 second layer reads the keys and values of the one before (cross-layer
 attention), 8 heads of them for 80 query heads; QK-norm after RoPE; RoPE's base
 raised by NTK's alpha.
+
+Four phases: 95% of 7 T tokens, annealing on the best data, then about 10 B
+tokens each of rows of 32 K and 256 K, a quarter of them long documents; at
+256 K RoPE's base is 1e9. The rate of the long phases is not published: here it
+stays where the annealing ends.
 """
+
+import math
 
 from moejax.config import default_config
 
@@ -55,11 +62,23 @@ def get_config(arg=""):
   config.optimizer.schedule.name = "wsd"
   config.optimizer.schedule.decay = 0.05
   config.optimizer.schedule.final = 0.1
-  config.data.sources = ("data/hunyuan/*.jsonl.gz",)
+  config.data.sources = (
+    "data/hunyuan/all/*.jsonl.gz", "data/hunyuan/best/*.jsonl.gz",
+    "data/hunyuan/long/*.jsonl.gz",
+  )  # fmt: skip
+  config.data.weights = (1.0, 0.0, 0.0)
   config.data.tokenizer = "tokenizers/hunyuan/tokenizer.json"
   config.data.seq_len = 8192
   config.train.batch_size = 1024
-  config.train.num_steps = 834_000  # 7 T tokens
+  batch = 1024 * 8192
+  annealed = math.ceil(7e12 / batch)
+  config.train.num_steps = annealed + 2 * math.ceil(10e9 / batch)
+  config.train.phases = phases(
+    steps=(round(0.95 * annealed), annealed - round(0.95 * annealed),
+           math.ceil(10e9 / batch)),
+    rows=((32768, 256), (262144, 32)), rate=2e-5, mixed=(0.0, 3.0, 1.0),
+    best=(0.0, 1.0, 0.0),
+  )  # fmt: skip
   config.checkpoint.every = 2000
   config.eval.every = 2000
 
@@ -70,10 +89,46 @@ def get_config(arg=""):
   return config
 
 
+def phases(steps, rows, rate, mixed, best):
+  """The main part, the annealing, and two of longer rows.
+
+  Args:
+    steps: of the first three; the last goes on to the end.
+    rows: (tokens, rows a batch) of the two long ones.
+    rate: of the long ones.
+    mixed: weights of the sources there, a quarter of them long documents.
+    best: in the annealing.
+  """
+  constant = {
+    "data.weights": mixed,
+    "optimizer.learning_rate": rate,
+    "optimizer.schedule.warmup": 0.0,
+    "optimizer.schedule.decay": 0.0,
+  }
+  shapes = [
+    {"data.seq_len": tokens, "train.batch_size": count}
+    for tokens, count in rows
+  ]
+  return (
+    {"name": "main", "steps": steps[0]},
+    {"name": "anneal", "steps": steps[1], "options": {"data.weights": best}},
+    {"name": "32k", "steps": steps[2], "options": constant | shapes[0]},
+    {
+      "name": "256k",
+      "options": constant | shapes[1] | {"model.rope_theta": 1e9},
+    },
+  )
+
+
 def _shrink(config):
-  from tiny import shrink_training
+  from tiny import mix_two, shrink_training
 
   shrink_training(config)
+  mix_two(config)
+  config.train.phases = phases(
+    steps=(86, 10, 12), rows=((512, 4), (1024, 2)), rate=3e-4,
+    mixed=(3.0, 1.0), best=(1.0, 1.0),
+  )  # fmt: skip
   model = config.model
   model.d_model = 96
   model.num_layers = 4

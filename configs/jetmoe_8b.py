@@ -18,8 +18,10 @@ one set of keys and values; both halves of a layer route, 8 experts top-2,
 weights renormalised over the chosen. Warm-up, stable, exponential decay. The
 balancing losses of its 48 routers are summed, with weights 0.01 and 0.001.
 
-Phase 2 changes the mixture (more curated and instruction-like text) when the
-decay begins; betas and epsilon of Adam are not published.
+The second phase changes the mixture (more curated and instruction-like text)
+when the decay begins, after 1 T of 1.25 T tokens; shares are those of the paper
+(the second phase's table adds up to 99.7). Betas and epsilon of Adam are not
+published.
 """
 
 from moejax.config import default_config
@@ -66,8 +68,16 @@ def get_config(arg=""):
     "data/refinedweb/*.jsonl.gz", "data/starcoder/*.jsonl.gz",
     "data/pile/*.jsonl.gz", "data/arxiv/*.jsonl.gz",
     "data/openwebmath/*.jsonl.gz", "data/pes2o/*.jsonl.gz",
+    "data/wikipedia/*.jsonl.gz", "data/stackexchange/*.jsonl.gz",
+    "data/instructions/*.jsonl.gz", "data/textbooks/*.jsonl.gz",
+    "data/code_instructions/*.jsonl.gz", "data/math/*.jsonl.gz",
   )  # fmt: skip
-  config.data.weights = (64.0, 25.0, 8.0, 1.0, 1.0, 1.0)  # phase 1
+  config.data.weights = (64.0, 25.0, 8.0, 1.0, 1.0, 1.0, *[0.0] * 6)
+  curated = (39.8, 19.6, 5.1, 1.0, 0.0, 1.0, 6.7, 4.8, 7.3, 4.8, 3.8, 5.8)
+  config.train.phases = (
+    {"name": "stable", "tokens": 1e12},
+    {"name": "decay", "options": {"data.weights": curated}},
+  )
   config.data.tokenizer = "tokenizers/jetmoe/tokenizer.json"
   config.data.seq_len = 4096
   config.train.batch_size = 1024
@@ -83,9 +93,14 @@ def get_config(arg=""):
 
 
 def _shrink(config):
-  from tiny import shrink_training
+  from tiny import mix_two, shrink_training
 
   shrink_training(config)
+  mix_two(config)
+  config.train.phases = (
+    {"name": "stable", "steps": 96},
+    {"name": "decay", "options": {"data.weights": (6.0, 4.0)}},
+  )
   model = config.model
   model.d_model = 96
   model.num_layers = 3

@@ -13,9 +13,10 @@ A pod for it; what it gives is in docs/pods.md:
     --config.parallel.fsdp=256 --config.model.remat=dots
 
 64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
-heads at once; no shared expert. Main phase of the recipe: cosine to a tenth
-over 5 T tokens, of which 5.03 T were run; the annealing phase after it goes
-linearly from there to zero over 100 B tokens.
+heads at once; no shared expert. Two phases: a cosine to a tenth over 5.03 T
+tokens (5 T were planned), then annealing: 100 B tokens of the same data,
+shuffled anew, linearly from there to zero (the released config starts at 4e-5,
+an appendix of the paper says 5e-4).
 
 The data is OLMoE-mix (DCLM, StarCoder, peS2o and others), as local files, and
 the tokenizer that of the released model; both are named below, you bring them.
@@ -59,7 +60,11 @@ def get_config(arg=""):
   config.data.tokenizer = "tokenizers/olmoe/tokenizer.json"
   config.data.seq_len = 4096
   config.train.batch_size = 1024
-  config.train.num_steps = 1_200_000
+  config.train.num_steps = 1_223_842
+  config.train.phases = (
+    {"name": "main", "steps": 1_200_000},
+    {"name": "anneal", "options": annealing(4e-5)},
+  )
   config.checkpoint.every = 5000
   config.eval.every = 5000
 
@@ -70,10 +75,25 @@ def get_config(arg=""):
   return config
 
 
+def annealing(learning_rate):
+  """From the end of the cosine to zero, on the data in another order."""
+  return {
+    "data.order": 42,
+    "optimizer.learning_rate": learning_rate,
+    "optimizer.schedule.name": "linear",
+    "optimizer.schedule.warmup": 0.0,
+    "optimizer.schedule.final": 0.0,
+  }
+
+
 def _shrink(config):
   from tiny import shrink_training
 
   shrink_training(config)
+  config.train.phases = (
+    {"name": "main", "steps": 95},
+    {"name": "anneal", "options": annealing(3e-4)},
+  )
   model = config.model
   model.d_model = 96
   model.num_layers = 3

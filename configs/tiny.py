@@ -11,6 +11,9 @@ OLMoE's shape in small: top-k of softmax without renormalisation, QK-norm,
 SwiGLU experts, load-balancing and router z-loss. Bytes as tokens.
 """
 
+import asyncio
+import os
+
 from moejax.config import default_config
 
 
@@ -60,6 +63,7 @@ def shrink_training(config):
   config.model.scan_layers = False
   config.data.sources = ("python-stdlib",)
   config.data.weights = ()
+  config.train.phases = ()
   config.data.tokenizer = "byte"
   config.data.seq_len = 256
   config.train.num_steps = 120
@@ -69,3 +73,9 @@ def shrink_training(config):
   config.optimizer.schedule.decay = 0.2
   config.checkpoint.every = 60
   config.eval.every = 60
+
+
+def mix_two(config):
+  """A second source, for phases that change the mixture: few, longer texts."""
+  config.data.sources = ("python-stdlib", os.path.dirname(asyncio.__file__))
+  config.data.weights = (9.0, 1.0)

@@ -54,7 +54,9 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
       else optax.linear_schedule(peak, final, rest)
     )
     # The last step of the run is the one that has `final`.
-    parts, boundaries = [lambda step: fall(step + 1)], [warmup]
+    # Never below it, as rounding would have it.
+    parts = [lambda step: jnp.maximum(fall(step + 1), final)]
+    boundaries = [warmup]
   # Step 0 already learns: the warm-up ends at the peak, it starts above zero.
   ramp = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
   return optax.join_schedules([ramp, *parts], boundaries)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.config import Config, phases_of
 from moejax.progress import format_count
 from moejax.report.series import finite, smooth, thin
 from moejax.report.style import LIGHT
@@ -103,6 +104,22 @@ def note_on_line(
     bbox={"facecolor": LIGHT["card"], "edgecolor": "none", "pad": 0.8,
           "alpha": 0.85},
   )  # fmt: skip
+
+
+def mark_phases(ax: Any, config: Config | None, last_step: int) -> None:
+  """A thin vertical line where each phase begins, with its name on it."""
+  phases = phases_of(config) if config is not None else ()
+  for phase in phases[:0] if len(phases) < 2 else phases:
+    if phase.start > last_step:
+      continue
+    if phase.start:
+      ax.axvline(phase.start, color=LIGHT["soft"], linewidth=0.8, alpha=0.7)
+    ax.annotate(
+      phase.name, (phase.start, 0.0), (4, 5),
+      xycoords=("data", "axes fraction"), textcoords="offset points",
+      color=LIGHT["soft"], fontsize=9.5, rotation=90, va="bottom",
+      annotation_clip=True,
+    )  # fmt: skip
 
 
 def legend(ax: Any, columns: int = 3) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.config import phase_at, schedule_stretches
 from moejax.progress import format_count, format_seconds
 from moejax.report.charts import (
   HERO,
@@ -14,6 +15,7 @@ from moejax.report.charts import (
   last_mean,
   legend,
   log_axis,
+  mark_phases,
   number,
   percent,
   reference_line,
@@ -60,6 +62,7 @@ def loss_chart(run: RunData) -> Chart | None:
       margin = max(0.06 * (high - low), 0.02 * abs(high), 1e-3)
       ax.set_ylim(low - margin, high + margin)
       _perplexity_axis(ax, narrow)
+    mark_phases(ax, run.config, run.last_step)
     legend(ax)
 
   return Chart(
@@ -193,6 +196,7 @@ def learning_rate_chart(run: RunData) -> Chart | None:
             markeredgecolor=LIGHT["card"], markersize=8, zorder=4)  # fmt: skip
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: number(y)))
+    mark_phases(ax, run.config, run.num_steps)
     legend(ax)
 
   note = "By step: the whole plan, and the part done."
@@ -203,6 +207,9 @@ def _rate_title(run: RunData) -> str:
   now = run.metrics["learning_rate"][-1]
   if run.config is None:
     return f"Learning rate {number(now)} at step {run.last_step:,}"
+  if len(schedule_stretches(run.config)) > 1:
+    phase = phase_at(run.config, run.last_step - 1).name
+    return f"Learning rate {number(now)} at step {run.last_step:,}, in {phase}"
   optimizer = run.config.optimizer
   _, decay = optimizer.schedule.lengths(run.num_steps)
   peak = number(optimizer.learning_rate)
@@ -228,6 +235,7 @@ def gradient_chart(run: RunData) -> Chart | None:
       log_axis(ax)
     if clip:
       reference_line(ax, clip, f"clipped above {number(clip)}")
+    mark_phases(ax, run.config, run.last_step)
 
   _, y = finite(steps, norm)
   title = "No finite gradient norm"
