@@ -64,6 +64,23 @@ def get_config(arg=""):
   optimizer.schedule.decay_shape = "exponential"
   optimizer.schedule.final = 0.1
 
+  _mixtures(config)
+  config.data.tokenizer = "tokenizers/jetmoe/tokenizer.json"
+  config.data.seq_len = 4096
+  config.train.batch_size = 1024
+  config.train.num_steps = 298_024  # 1.25 T tokens
+  config.checkpoint.every = 5000
+  config.eval.every = 5000
+
+  if arg == "tiny":
+    _shrink(config)
+  elif arg:
+    raise ValueError(f"no variant {arg!r}; there is 'tiny'")
+  return config
+
+
+def _mixtures(config):
+  """Shares in percent, of the first 1 T tokens and of the rest."""
   config.data.sources = (
     "data/refinedweb/*.jsonl.gz", "data/starcoder/*.jsonl.gz",
     "data/pile/*.jsonl.gz", "data/arxiv/*.jsonl.gz",
@@ -78,18 +95,6 @@ def get_config(arg=""):
     {"name": "stable", "tokens": 1e12},
     {"name": "decay", "options": {"data.weights": curated}},
   )
-  config.data.tokenizer = "tokenizers/jetmoe/tokenizer.json"
-  config.data.seq_len = 4096
-  config.train.batch_size = 1024
-  config.train.num_steps = 298_024  # 1.25 T tokens
-  config.checkpoint.every = 5000
-  config.eval.every = 5000
-
-  if arg == "tiny":
-    _shrink(config)
-  elif arg:
-    raise ValueError(f"no variant {arg!r}; there is 'tiny'")
-  return config
 
 
 def _shrink(config):

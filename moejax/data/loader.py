@@ -148,11 +148,10 @@ def load_batches(
   import grain
   import grain.experimental
 
+  numbers = range(len(stores.stores))
+  rows = [_rows(stores, n, split, seed, config.order) for n in numbers]
   dataset = grain.MapDataset.select_from_datasets(
-    [
-      _rows(stores, n, split, seed, config.order).repeat(None)
-      for n in range(len(stores.stores))
-    ],
+    [of_source.repeat(None) for of_source in rows],
     _ByShard(mixture or Mixture([(0, stores.weights)]), shards, first_row),
   )
   ahead = max(1, config.prefetch_rows // len(shards.mine))
