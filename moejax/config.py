@@ -50,6 +50,15 @@ def require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     )
 
 
+def _require_pattern(key: str, pattern: str) -> None:
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise ConfigError(
+      f"{key}: {pattern!r} is no regular expression: {e}"
+    ) from None
+
+
 def require_positive(prefix: str, obj: Any, *names: str) -> None:
   for name in names:
     value = getattr(obj, name)
@@ -490,8 +499,11 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW with a global-norm clip."""
+  """AdamW or Muon, with a global-norm clip."""
 
+  name: str = option(
+    "adamw", "adamw, or muon: Muon of matrices, Adam of the rest"
+  )
   learning_rate: float = option(4e-4, "peak learning rate")
   schedule: ScheduleConfig = section(ScheduleConfig, "its shape over steps")
   b1: float = option(0.9, "decay of the first moment")
@@ -502,21 +514,71 @@ class OptimizerConfig:
     (), "regular expressions; parameters whose path matches are not decayed"
   )
   clip_norm: float = option(1.0, "largest global gradient norm; 0 is no clip")
+  mu_dtype: str = option(
+    "float32", "of the first moment: float32 or bfloat16 (half its memory)"
+  )
+  rates: tuple[str, ...] = option(
+    (),
+    "PATTERN=FACTOR: learning rate of parameters whose path matches, over "
+    "that of the rest; the first that matches holds",
+  )
+  expert_rate: str = option(
+    "same",
+    "learning rate of routed experts: same, fixed(factor=...), or "
+    "batch_share(x=...) by the share of the batch that an expert sees, x the "
+    "batch over its noise scale (Hunyuan-Large: 0.26)",
+  )
+  muon_adam: tuple[str, ...] = option(
+    ("w_embed", "w_output", "w_router"),
+    "regular expressions of matrices that Adam moves when name is muon",
+  )
 
   def __post_init__(self):
+    require_choice("optimizer.name", self.name, ("adamw", "muon"))
+    require_choice("optimizer.mu_dtype", self.mu_dtype, ("float32", "bfloat16"))
     require_positive("optimizer", self, "learning_rate", "eps")
+    assert self.expert_rate_spec  # parses, and so checks it
+    self._check_rates()
     for name in ("b1", "b2"):
       value = getattr(self, name)
       require(0 <= value < 1, f"optimizer.{name}={value} is not in [0, 1)")
     require(self.weight_decay >= 0, "optimizer.weight_decay is negative")
     require(self.clip_norm >= 0, "optimizer.clip_norm is negative")
-    for pattern in self.no_decay:
+    for name in ("no_decay", "muon_adam"):
+      for pattern in getattr(self, name):
+        _require_pattern(f"optimizer.{name}", pattern)
+
+  def _check_rates(self) -> None:
+    for rate in self.rates:
+      pattern, equals, factor = rate.rpartition("=")
       try:
-        re.compile(pattern)
-      except re.error as e:
-        raise ConfigError(
-          f"optimizer.no_decay: {pattern!r} is no regular expression: {e}"
-        ) from None
+        good = bool(pattern and equals) and 0 <= float(factor) < math.inf
+      except ValueError:
+        good = False
+      require(
+        good, f"optimizer.rates: {rate!r} is not PATTERN=FACTOR, such as "
+        "'w_router=0.5'",
+      )  # fmt: skip
+      _require_pattern("optimizer.rates", pattern)
+
+  @property
+  def expert_rate_spec(self) -> Spec:
+    """`expert_rate`, parsed and checked."""
+    try:
+      spec = Spec.parse(self.expert_rate)
+    except ValueError as e:
+      raise ConfigError(f"optimizer.expert_rate: {e}") from None
+    options = {"same": (), "fixed": ("factor",), "batch_share": ("x",)}
+    require_choice("optimizer.expert_rate", spec.name, tuple(options))
+    require(
+      tuple(spec.kwargs) == options[spec.name]
+      and all(
+        isinstance(v, (int, float)) and v >= 0 for v in spec.kwargs.values()
+      ),
+      f"optimizer.expert_rate={self.expert_rate!r}: {spec.name} takes "
+      f"{', '.join(options[spec.name]) or 'no options'}, not negative",
+    )
+    return spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW, its schedule, and which parameters are decayed."""
+"""AdamW and Muon, the learning rate over steps and by group, decay."""
 
+import functools
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 
 from moejax.config import (
   Config,
@@ -16,6 +20,11 @@ from moejax.config import (
   schedule_stretches,
 )
 from moejax.errors import ConfigError
+
+# Routed experts, stacked or not; shared ones and the router are not theirs.
+ROUTED = r"/w_\w+_E[A-Z]+$"
+# Of Adam's updates, about.
+_ADAM_RMS = 0.2
 
 
 def run_schedule(config: Config) -> optax.Schedule:
@@ -86,26 +95,114 @@ def schedule_values(config: Config) -> np.ndarray:
   return np.asarray(jax.vmap(schedule)(steps), np.float32)
 
 
-def make_optimizer(
-  config: OptimizerConfig, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-  """Global-norm clip, then AdamW (Loshchilov & Hutter 2019).
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+  """Global-norm clip, AdamW or Muon, and each group's own rate."""
+  options = config.optimizer
+  # A chain within the chain, and rates last: states keep their names.
+  parts = [
+    _direction(options),
+    optax.add_decayed_weights(
+      options.weight_decay,
+      lambda params: decay_mask(params, options.no_decay),
+    ),
+    optax.scale_by_learning_rate(run_schedule(config)),
+  ]
+  if rates := rate_factors(config):
+    parts.append(_scale_groups(rates))
+  inner = optax.chain(*parts)
+  if not options.clip_norm:
+    return inner
+  return optax.chain(_clip_by_global_norm(options.clip_norm), inner)
 
-  Args:
-    config: its rate and schedule play no part.
-    schedule: the learning rate, `step -> rate`.
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Where to go, before decay and learning rate."""
+  if config.name == "adamw":  # Loshchilov & Hutter 2019
+    return optax.scale_by_adam(
+      config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype
+    )
+  # Muon (Jordan et al. 2024) of matrices, Adam of all else. Updates have the
+  # root mean square of Adam's, so rate and decay mean the same for both (Liu et
+  # al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982).
+  muon = optax.contrib.muon(
+    1.0, beta=config.b1, eps=config.eps, mu_dtype=config.mu_dtype,
+    adam_b1=config.b1, adam_b2=config.b2, consistent_rms=_ADAM_RMS,
+    muon_weight_dimension_numbers=functools.partial(
+      matrix_axes, adam=config.muon_adam
+    ),
+  )  # fmt: skip
+  return optax.chain(muon, optax.scale(-1.0))
+
+
+def matrix_axes(params: Any, adam: tuple[str, ...]) -> Any:
+  """Which axes of each parameter Muon takes for rows and columns.
+
+  By the letters of its name: `E` and axes that a scan stacked make matrices of
+  their own, `w_q_DNH` is D by (N H), `w_o_NHD` is (N H) by D. None where it is
+  no matrix, and of parameters whose path matches one of `adam`.
   """
-  adamw = optax.adamw(
-    schedule,
-    b1=config.b1,
-    b2=config.b2,
-    eps=config.eps,
-    weight_decay=config.weight_decay,
-    mask=lambda params: decay_mask(params, config.no_decay),
-  )
-  if not config.clip_norm:
-    return adamw
-  return optax.chain(_clip_by_global_norm(config.clip_norm), adamw)
+
+  def axes(path: str, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    letters = path.rpartition("_")[2]
+    names = path.rpartition("/")[2]
+    whole = letters.isupper() and letters.isalpha() and names.startswith("w_")
+    if not whole or any(re.search(pattern, path) for pattern in adam):
+      return None
+    first = x.ndim - len(letters)  # after what was stacked
+    kept = [first + i for i, name in enumerate(letters) if name != "E"]
+    rows = 1 if letters.strip("E")[0] in "DFZ" else len(kept) - 1
+    return optax.contrib.MuonDimensionNumbers(
+      tuple(kept[:rows]), tuple(kept[rows:])
+    )
+
+  return jax.tree.map(axes, param_paths(params), params)
+
+
+def rate_factors(config: Config) -> tuple[tuple[str, float], ...]:
+  """(pattern, factor of the learning rate); the first that matches holds."""
+  found = [rate.rpartition("=") for rate in config.optimizer.rates]
+  factors = [(pattern, float(factor)) for pattern, _, factor in found]
+  factor = expert_factor(config)
+  if factor != 1.0:
+    factors.append((ROUTED, factor))
+  return tuple(factors)
+
+
+def expert_factor(config: Config) -> float:
+  """The learning rate of routed experts over that of the rest.
+
+  Adam's best rate for a batch B is `2 e_max / (sqrt(B_noise / B) + sqrt(B /
+  B_noise))` (Li et al. 2024, arXiv:2405.14578). A routed expert sees 1/n of the
+  batch, n = experts over experts per token; with x = B / B_noise the factor is
+  `(1 + x) / (1 + x / n) / sqrt(n)`: Hunyuan-Large's rule (arXiv:2411.02265,
+  n = 16 and about 0.31, which is x = 0.26). x = 0 is the square-root rule,
+  1 / sqrt(n).
+  """
+  spec, moe = config.optimizer.expert_rate_spec, config.model.moe
+  if spec.name == "same":
+    return 1.0
+  if spec.name == "fixed":
+    return float(spec.kwargs["factor"])
+  x, n = float(spec.kwargs["x"]), moe.num_experts / moe.experts_per_token
+  return (1 + x) / (1 + x / n) / math.sqrt(n)
+
+
+def _scale_groups(
+  factors: tuple[tuple[str, float], ...],
+) -> optax.GradientTransformation:
+  """Each group's update, its decay included, times its factor."""
+
+  def factor_of(path: str) -> float:
+    return next((f for pattern, f in factors if re.search(pattern, path)), 1.0)
+
+  def scale(updates, params):
+    paths = param_paths(params)
+    _require_matches("optimizer.rates", [p for p, _ in factors], paths)
+    return jax.tree.map(
+      lambda update, path: update * factor_of(path), updates, paths
+    )
+
+  return optax.stateless(scale)
 
 
 def _clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -134,17 +231,21 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
   Raises:
     ConfigError: an expression that matches no parameter, most often a typo.
   """
-  paths = jax.tree.leaves(param_paths(params))
-  for pattern in no_decay:
-    if not any(re.search(pattern, path) for path in paths):
-      raise ConfigError(
-        f"optimizer.no_decay: {pattern!r} matches no parameter; paths look "
-        f"like {paths[0]} and {paths[-1]}"
-      )
+  _require_matches("optimizer.no_decay", no_decay, param_paths(params))
   return jax.tree.map(
     lambda path: not any(re.search(p, path) for p in no_decay),
     param_paths(params),
   )
+
+
+def _require_matches(option: str, patterns: Sequence[str], tree: Any) -> None:
+  paths = jax.tree.leaves(tree)
+  for pattern in patterns:
+    if not any(re.search(pattern, path) for path in paths):
+      raise ConfigError(
+        f"{option}: {pattern!r} matches no parameter; paths look like "
+        f"{paths[0]} and {paths[-1]}"
+      )
 
 
 def param_paths(params: Any) -> Any:

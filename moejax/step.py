@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One training step, pure: (state, batch) -> (state, metrics)."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from moejax.models import Rows, Transformer, Variables, init_variables
 from moejax.models.placement import TABLE, TOKENS, Axes, OneDevice, Partial
 from moejax.models.router_state import as_router_state
 from moejax.models.transformer import boxed_variables
-from moejax.optimizer import make_optimizer, run_schedule
+from moejax.optimizer import make_optimizer, param_paths, run_schedule
 from moejax.phases import AtStep, at_step
 from moejax.routing import RouterStats, balance, resolve
 
@@ -72,7 +73,7 @@ def init_state(
   params_key, rng = jax.random.split(key)
   variables = init_variables(model, params_key)
   params = variables["params"]
-  optimizer = make_optimizer(config.optimizer, run_schedule(config))
+  optimizer = make_optimizer(config)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -93,18 +94,35 @@ def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
   variables = parallel.shardings(mesh, boxed_variables(model))
   everywhere = NamedSharding(mesh, PartitionSpec())
   state = jax.eval_shape(lambda: init_state(config, model))
-  optimizer = make_optimizer(config.optimizer, run_schedule(config))
   # Moments are split over copies of the parameters too (Rajbhandari et al.
   # 2020, "ZeRO", stage 1): no layer needs them whole.
   moments = parallel.shardings(mesh, boxed_variables(model), ("data",))
-  opt_state = optax.tree_map_params(
-    optimizer, lambda _, sharding: sharding, state.opt_state,
-    moments["params"], transform_non_params=lambda _: everywhere,
-  )  # fmt: skip
+  opt_state = _like_params(state.opt_state, moments["params"], everywhere)
   router_state = jax.tree.map(lambda _: everywhere, state.router_state)
   return TrainState(
     everywhere, variables["params"], opt_state, router_state, everywhere
   )
+
+
+def _like_params(opt_state: Any, shardings: Any, other: NamedSharding) -> Any:
+  """For each moment the sharding of its parameter, `other` for all else.
+
+  A moment's path ends with that of its parameter; what comes before it, and
+  which parameters are there, is the optimizer's affair.
+  """
+  by_path = dict(
+    zip(jax.tree.leaves(param_paths(shardings)), jax.tree.leaves(shardings))
+  )
+
+  def sharding_of(path, leaf):
+    del leaf
+    own = itertools.takewhile(
+      lambda key: isinstance(key, jax.tree_util.DictKey), reversed(path)
+    )
+    name = "/".join(reversed([str(key.key) for key in own]))
+    return by_path[name] if name in by_path else other
+
+  return jax.tree_util.tree_map_with_path(sharding_of, opt_state)
 
 
 def abstract_state(
@@ -132,7 +150,7 @@ def make_train_step(
   each expert's share.
   """
   schedule = run_schedule(config)
-  optimizer = make_optimizer(config.optimizer, schedule)
+  optimizer = make_optimizer(config)
 
   def train_step(state, batch):
     at = at_step(config, state.step)

@@ -7,12 +7,23 @@ import numpy as np
 import optax
 import pytest
 
-from moejax.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
+from moejax.config import (
+  Config,
+  ModelConfig,
+  MoEConfig,
+  OptimizerConfig,
+  ScheduleConfig,
+  TrainConfig,
+)
 from moejax.errors import ConfigError
 from moejax.optimizer import (
+  ROUTED,
   decay_mask,
+  expert_factor,
   make_optimizer,
-  make_schedule,
+  matrix_axes,
+  param_paths,
+  rate_factors,
   schedule_values,
 )
 
@@ -86,6 +97,10 @@ def test_decay_by_path():
     decay_mask(PARAMS, ("scael",))
 
 
+def of(options, num_steps=100):
+  return Config(optimizer=options, train=TrainConfig(num_steps=num_steps))
+
+
 def adamw_by_hand(config, grads, steps):
   """AdamW of one parameter that starts at 1, float64."""
   p, m, v = 1.0, 0.0, 0.0
@@ -104,7 +119,7 @@ def test_adamw_with_clip_against_the_formula(clip):
     learning_rate=0.1, clip_norm=clip, eps=1e-3,
     schedule=ScheduleConfig(warmup=0.0, decay=0.0),
   )  # fmt: skip
-  optimizer = make_optimizer(config, make_schedule(config, 100))
+  optimizer = make_optimizer(of(config))
   params = {"w": jnp.ones(1)}
   state = optimizer.init(params)
   grads = [0.2, -0.9, 1.7]
@@ -124,13 +139,10 @@ def test_clip_is_that_of_optax(size):
   draw = lambda p: jnp.asarray(size * rng.normal(size=p.shape), jnp.float32)
   grads = jax.tree.map(draw, PARAMS)
   ours, theirs = (
-    make_optimizer(config, make_schedule(config, 10_000)),
+    make_optimizer(of(config, 10_000)),
     optax.chain(
       optax.clip_by_global_norm(0.3),
-      make_optimizer(
-        dataclasses.replace(config, clip_norm=0.0),
-        make_schedule(config, 10_000),
-      ),
+      make_optimizer(of(dataclasses.replace(config, clip_norm=0.0), 10_000)),
     ),
   )
   (_, got), (_, want) = (
@@ -149,7 +161,7 @@ def test_decay_mask_reaches_the_optimizer():
   config = dataclasses.replace(
     OptimizerConfig(), weight_decay=0.5, no_decay=("scale",), clip_norm=0.0
   )
-  optimizer = make_optimizer(config, make_schedule(config, 10_000))
+  optimizer = make_optimizer(of(config, 10_000))
   state = optimizer.init(PARAMS)
   zero = {
     "norm": {"scale": jnp.zeros(2)},
@@ -158,3 +170,157 @@ def test_decay_mask_reaches_the_optimizer():
   updates, _ = optimizer.update(zero, state, PARAMS)
   assert (updates["norm"]["scale"] == 0).all()
   assert (updates["moe"]["w_up_EDF"] < 0).all()
+
+
+def with_rates(k=1, num_experts=16, **options):
+  moe = MoEConfig(num_experts=num_experts, router=f"top_k(k={k})")
+  return dataclasses.replace(
+    of(OptimizerConfig(**options), 10_000), model=ModelConfig(moe=moe)
+  )
+
+
+def test_expert_rate_is_the_published_rule():
+  """Hunyuan-Large: 16 experts, top-1, 0.31; limits and OLMoE's 64 top-8."""
+  factor = lambda rate, *args: expert_factor(
+    with_rates(*args, expert_rate=rate)
+  )
+  assert factor("batch_share(x=0.26)") == pytest.approx(0.31, abs=0.005)
+  assert factor("batch_share(x=0)") == 0.25
+  assert factor("batch_share(x=4)") == pytest.approx(1.0)
+  assert factor("batch_share(x=0.26)", 8, 64) == pytest.approx(0.43, abs=0.005)
+  assert factor("batch_share(x=0)", 8, 64) == pytest.approx(0.354, abs=0.001)
+  assert factor("fixed(factor=0.5)") == 0.5
+  assert factor("same") == 1.0
+
+
+def best_rate(batch, noise):
+  return 2 / (np.sqrt(noise / batch) + np.sqrt(batch / noise))
+
+
+@pytest.mark.parametrize("x", [0.01, 0.26, 4.0, 50.0])
+def test_expert_rate_from_the_formula(x):
+  got = expert_factor(with_rates(2, 8, expert_rate=f"batch_share(x={x})"))
+  assert got == pytest.approx(best_rate(x / 4, 1) / best_rate(x, 1))
+
+
+SEVERAL = {
+  "norm": {"scale": jnp.ones(2)},
+  "moe": {
+    "w_up_EDF": jnp.ones((1, 2, 3)), "w_router_DE": jnp.ones((2, 1)),
+    "shared": {"w_up_DF": jnp.ones((2, 3))},
+  },
+  "attention": {"w_o_EKHD": jnp.ones((1, 2, 2, 3))},
+}  # fmt: skip
+
+
+def first_update(config, grads, params):
+  optimizer = make_optimizer(config)
+  return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def test_rates_reach_their_parameters_alone():
+  rates = {"rates": ("w_router=0.25", "w_=3"), "clip_norm": 0.0}
+  grads = jax.tree.map(lambda p: 0.1 * jnp.ones_like(p), SEVERAL)
+  plain = first_update(with_rates(clip_norm=0.0), grads, SEVERAL)
+  scaled = first_update(with_rates(**rates), grads, SEVERAL)
+  ratio = jax.tree.map(lambda a, b: float((a / b).mean()), scaled, plain)
+  assert ratio["norm"]["scale"] == 1
+  assert ratio["moe"]["w_router_DE"] == pytest.approx(0.25)
+  assert ratio["moe"]["w_up_EDF"] == pytest.approx(3)
+  config = with_rates(expert_rate="fixed(factor=0.5)", clip_norm=0.0)
+  scaled = first_update(config, grads, SEVERAL)
+  ratio = jax.tree.map(lambda a, b: float((a / b).mean()), scaled, plain)
+  assert ratio["moe"]["w_up_EDF"] == ratio["attention"]["w_o_EKHD"] == 0.5
+  assert ratio["moe"]["shared"]["w_up_DF"] == 1
+  assert ratio["moe"]["w_router_DE"] == 1
+  assert rate_factors(config) == ((ROUTED, 0.5),)
+  with pytest.raises(ConfigError, match="'w_ruoter' matches no parameter"):
+    first_update(with_rates(rates=("w_ruoter=2",)), grads, SEVERAL)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    ({"rates": ("w_router",)}, "is not PATTERN=FACTOR"),
+    ({"rates": ("w_router=x",)}, "is not PATTERN=FACTOR"),
+    ({"rates": ("(=2",)}, "no regular expression"),
+    ({"expert_rate": "batch_share"}, "takes x"),
+    ({"expert_rate": "batchshare(x=1)"}, "did you mean 'batch_share'"),
+    ({"expert_rate": "fixed(factor=-1)"}, "not negative"),
+    ({"name": "adam"}, "did you mean 'adamw'"),
+    ({"mu_dtype": "float16"}, "is not one of"),
+  ],
+)
+def test_bad_options_are_one_line(options, message):
+  with pytest.raises(ConfigError, match=message):
+    OptimizerConfig(**options)
+
+
+def test_which_matrices_muon_moves():
+  stacked = jax.tree.map(lambda p: p[None], SEVERAL)
+  for tree, shift in ((SEVERAL, 0), (stacked, 1)):
+    found = matrix_axes(tree, ("w_router",))
+    assert found["norm"]["scale"] is None
+    assert found["moe"]["w_router_DE"] is None
+    at = lambda *axes, shift=shift: tuple(axis + shift for axis in axes)
+    assert found["moe"]["w_up_EDF"] == (at(1), at(2))
+    assert found["moe"]["shared"]["w_up_DF"] == (at(0), at(1))
+    assert found["attention"]["w_o_EKHD"] == (at(1, 2), at(3))
+
+
+def orthogonal(matrix):
+  """Newton and Schulz's iteration with Muon's coefficients, float64."""
+  a, b, c = 3.4445, -4.7750, 2.0315
+  x = matrix.astype(np.float64)
+  x = x.T if x.shape[0] > x.shape[1] else x
+  x = x / (np.linalg.norm(x) + 1e-8)
+  for _ in range(5):
+    gram = x @ x.T
+    x = a * x + (b * gram + c * gram @ gram) @ x
+  return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def test_muon_against_the_formula():
+  """The first step: Nesterov's gradient is (1 - b1) (1 + b1) g."""
+  config = with_rates(
+    name="muon", learning_rate=0.1, clip_norm=0.0, weight_decay=0.1,
+    muon_adam=(), schedule=ScheduleConfig(warmup=0.0, decay=0.0),
+  )  # fmt: skip
+  rng = np.random.default_rng(0)
+  params = {
+    "moe": {"w_up_EDF": jnp.asarray(rng.normal(size=(3, 8, 5)), jnp.float32)},
+    "attention": {
+      "w_q_DNH": jnp.asarray(rng.normal(size=(8, 2, 3)), jnp.float32)
+    },
+  }
+  grads = jax.tree.map(
+    lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params
+  )
+  got = first_update(config, grads, params)
+
+  def want(grad, param):
+    rows, columns = grad.shape
+    update = 0.2 * np.sqrt(max(rows, columns)) * orthogonal(grad)
+    return -0.1 * (update + 0.1 * param)
+
+  for e in range(3):
+    np.testing.assert_allclose(
+      got["moe"]["w_up_EDF"][e],
+      want(*(np.asarray(t["moe"]["w_up_EDF"][e]) for t in (grads, params))),
+      rtol=2e-4, atol=1e-5,
+    )  # fmt: skip
+  q = [np.asarray(t["attention"]["w_q_DNH"]).reshape(8, 6)
+       for t in (grads, params)]  # fmt: skip
+  np.testing.assert_allclose(
+    got["attention"]["w_q_DNH"].reshape(8, 6), want(*q), rtol=2e-4, atol=1e-5
+  )
+
+
+def test_half_the_memory_of_the_first_moment():
+  state = make_optimizer(with_rates(mu_dtype="bfloat16")).init(SEVERAL)
+  mu, nu = (optax.tree.get(state, name) for name in ("mu", "nu"))
+  assert {x.dtype for x in jax.tree.leaves(mu)} == {jnp.bfloat16.dtype}
+  assert {x.dtype for x in jax.tree.leaves(nu)} == {np.dtype("float32")}
+  assert jax.tree.leaves(param_paths(mu)) == jax.tree.leaves(
+    param_paths(SEVERAL)
+  )
