@@ -127,8 +127,9 @@ def main(argv: list[str]) -> int:
   add("--step", type=int, help="checkpoint step (default: the newest)")
   add("--num-batches", type=int, help="most batches (default: the config's)")
   add("--json", action="store_true", help="print one JSON object")
+  add("--ema", action="store_true", help="the moving average of the weights")
   args = parser.parse_args(argv)
-  run = load_run(args.workdir, args.step)
+  run = load_run(args.workdir, args.step, ema=args.ema)
   config = run.config
   if args.num_batches is not None and args.num_batches < 1:
     raise ConfigError(f"--num-batches={args.num_batches} must be positive")

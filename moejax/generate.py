@@ -235,11 +235,12 @@ def main(argv: list[str]) -> int:
   add("--top-p", type=float, default=0.95, help="nucleus mass (default 0.95)")
   add("--seed", type=int, default=0, help="of the draws (default 0)")
   add("--step", type=int, help="checkpoint step (default: the newest)")
+  add("--ema", action="store_true", help="the moving average of the weights")
   args = parser.parse_args(argv)
   sampling = Sampling(args.temperature, args.top_k, args.top_p)
   if not 0 <= args.seed < 2**31:
     raise ConfigError(f"--seed={args.seed} is not in [0, 2**31)")
-  run = load_run(args.workdir, args.step)
+  run = load_run(args.workdir, args.step, ema=args.ema)
   prompts = args.prompt or [""]
   print(f"[{args.workdir}, step {run.step}]", file=sys.stderr)
   stream = _Stream(run.tokenizer, prompts) if len(prompts) == 1 else None

@@ -201,6 +201,16 @@ class Loop:
         self.phase.config, self.model, self.state.variables,
         self.stores.of(self.phase), self.tokenizer,
       )  # fmt: skip
+      if config.eval.ema:
+        averaged = evaluate(
+          self.phase.config, self.model, self.state.averaged,
+          self.stores.of(self.phase), self.tokenizer,
+        )  # fmt: skip
+        values |= {
+          k.replace("validation/", "validation_ema/"): v
+          for k, v in averaged.items()
+          if not k.startswith("validation/router")
+        }
       self.log.evaluation(self.step, values)
       self.progress.message(
         f"step {self.step}: validation loss {values['validation/xent']:.4f}, "

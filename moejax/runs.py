@@ -27,7 +27,7 @@ from moejax.config import (
   phases_of,
 )
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
-from moejax.errors import CheckpointError, DataError, UserError
+from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.files import write_atomically
 from moejax.hardware import keep_freed_memory
 from moejax.models import (
@@ -42,6 +42,7 @@ from moejax.models.transformer import boxed_variables
 from moejax.parallel import build_on_mesh, make_mesh, shardings
 from moejax.routing import home_of, resolve
 
+EMA = "ema"  # the item of a checkpoint that has averaged parameters
 PACKAGES = (
   "moejax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
   "tensorflow-datasets", "ml-collections", "tokenizers", "numpy", "scipy",
@@ -67,6 +68,7 @@ def load_run(
   workdir: str | os.PathLike,
   step: int | None = None,
   parallel: ParallelConfig | None = None,
+  ema: bool = False,
 ) -> Run:
   """The model of a run's newest valid checkpoint, or of the one at `step`.
 
@@ -76,6 +78,7 @@ def load_run(
     parallel: the mesh to put it on, whatever it was trained on; None is one
       device. The config that comes back has it, and a batch of a row a part;
       it is that of the checkpoint's phase.
+    ema: take the moving average of the weights.
 
   Raises:
     ConfigError: a mesh that does not fit the devices or the model.
@@ -93,7 +96,13 @@ def load_run(
     model = build_on_mesh(_on_mesh(config, parallel), mesh)
     abstract = _abstract_on_mesh(model, mesh)
   checkpoints = CheckpointReader(checkpoint_folder(workdir))
+  if ema:
+    require_average(of_run, workdir)
+    abstract = {EMA if k == "params" else k: v for k, v in abstract.items()}
   restored = checkpoints.restore_params(abstract, step)
+  variables = {
+    "params" if k == EMA else k: v for k, v in restored.state.items()
+  }
   tokenizer = read_tokenizer(workdir, restored.meta)
   config = config_after(of_run, restored.step)
   if parallel is None:
@@ -101,7 +110,16 @@ def load_run(
   else:
     config = _on_mesh(config, parallel)
     model = build_on_mesh(config, mesh)
-  return Run(config, model, restored.state, tokenizer, restored.step)
+  return Run(config, model, variables, tokenizer, restored.step)
+
+
+def require_average(config: Config, workdir: str | os.PathLike) -> None:
+  """Refuses `--ema` of a run that keeps no average."""
+  if not config.optimizer.ema:
+    raise ConfigError(
+      f"{workdir} keeps no average of its weights (optimizer.ema is 0); leave "
+      "--ema out"
+    )
 
 
 def _on_mesh(config: Config, parallel: ParallelConfig) -> Config:

@@ -40,6 +40,7 @@ class TrainState:
     opt_state: optimizer state.
     router_state: state of routers that have one, such as balancing biases.
     rng: key from which each step's routing noise follows.
+    ema: moving average of the parameters; empty where the config has none.
   """
 
   step: Array
@@ -47,12 +48,18 @@ class TrainState:
   opt_state: Any
   router_state: Any
   rng: Array
+  ema: Any = flax.struct.field(default_factory=dict)
 
   @property
   def variables(self) -> Variables:
     """What the model is applied with."""
     state = {"router_state": self.router_state} if self.router_state else {}
     return {"params": self.params, **state}
+
+  @property
+  def averaged(self) -> Variables:
+    """The same with the moving average of the parameters."""
+    return self.variables | {"params": self.ema}
 
 
 def device_batch(batch: dict[str, np.ndarray], placement: OneDevice) -> Batch:
@@ -82,6 +89,8 @@ def init_state(
       variables["router_state"] if "router_state" in variables else {}
     ),
     rng=rng,
+    # Arrays of its own: both are donated to a step.
+    ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {},
   )
 
 
@@ -100,8 +109,9 @@ def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
   opt_state = _like_params(state.opt_state, moments["params"], everywhere)
   router_state = jax.tree.map(lambda _: everywhere, state.router_state)
   return TrainState(
-    everywhere, variables["params"], opt_state, router_state, everywhere
-  )
+    everywhere, variables["params"], opt_state, router_state, everywhere,
+    variables["params"] if config.optimizer.ema else {},
+  )  # fmt: skip
 
 
 def _like_params(opt_state: Any, shardings: Any, other: NamedSharding) -> Any:
@@ -189,11 +199,18 @@ def make_train_step(
       ).max()
     state = state.replace(
       step=state.step + 1, params=params, opt_state=opt_state,
-      router_state=router_state,
+      router_state=router_state, ema=_average(config, state.ema, params),
     )  # fmt: skip
     return state, metrics
 
   return train_step
+
+
+def _average(config: Config, ema: Any, params: Any) -> Any:
+  """The average after a step; none stays none."""
+  if not (decay := config.optimizer.ema):
+    return ema
+  return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), ema, params)
 
 
 def batch_sums(

@@ -18,6 +18,7 @@ from moejax import runs
 from moejax.__main__ import main
 from moejax.checkpoint import CheckpointReader, state_digest
 from moejax.cli import parse_config
+from moejax.convert import load_hf
 from moejax.data import load_tokenizer, open_stores
 from moejax.evaluate import validation_batches
 from moejax.models import build
@@ -339,3 +340,42 @@ def test_a_router_that_cannot_generate_trains_without_samples(place):
   assert "note: no samples: router" in done.stdout
   assert len(lines(place / "ahead", "eval.jsonl")) == 3
   assert not (place / "ahead" / "samples.jsonl").exists()
+
+
+def test_averaged_weights_are_evaluated_and_exported(place, unbroken):
+  options = ("--config.optimizer.ema=0.9", "--config.eval.ema=True",
+             "--config.train.num_steps=20",
+             "--config.checkpoint.keep_every=5")  # fmt: skip
+  done = train(place, "averaged", *options)
+  assert done.returncode == 0, done.stderr
+  run = place / "averaged"
+  # Against the average of the weights that checkpoints have, every step saved.
+  every = train(place, "every", *options, "--config.checkpoint.every=1",
+                "--config.checkpoint.keep_every=1")  # fmt: skip
+  assert every.returncode == 0, every.stderr
+  assert digest(run) == digest(place / "every")
+  fresh = init_state(runs.read_config(run), build(runs.read_config(run).model))
+  want = fresh.params
+  for step in range(1, 21):
+    params = runs.load_run(place / "every", step).variables["params"]
+    want = jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, want, params)
+  got = runs.load_run(run, ema=True)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+    got.variables["params"], want,
+  )  # fmt: skip
+  row = json.loads(lines(run, "eval.jsonl")[-1])
+  shown = moejax(place, "eval", "averaged", "--ema", "--json")
+  assert json.loads(shown.stdout)["xent"] == pytest.approx(
+    row["validation_ema/xent"], rel=1e-6
+  )
+  assert row["validation_ema/xent"] != row["validation/xent"]
+  assert moejax(place, "convert", "to-hf", "averaged", "hub", "--ema",
+                "--step=20").returncode == 0  # fmt: skip
+  _, there = load_hf(place / "hub")
+  np.testing.assert_array_equal(
+    there["params"]["w_embed_VD"], got.variables["params"]["w_embed_VD"]
+  )
+  none = moejax(place, "eval", unbroken.name, "--ema")
+  assert none.returncode == 2
+  assert "keeps no average" in none.stderr

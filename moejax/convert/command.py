@@ -33,7 +33,10 @@ def main(argv: list[str]) -> int:
     if args.shard_size <= 0:
       raise ConfigError(f"--shard-size={args.shard_size} must be positive")
     size = int(args.shard_size * 1e9)
-    to_hf(args.source, args.target, args.family, args.dtype, args.step, size)
+    to_hf(
+      args.source, args.target, args.family, args.dtype, args.step, size,
+      ema=args.ema,
+    )  # fmt: skip
     return 0
   findings = check(args.source, args.target, args.step)
   words = {True: "same", False: "DIFFERENT", None: "unknown"}
@@ -69,6 +72,9 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "--shard-size", type=float, default=SHARD_BYTES / 1e9, metavar="GB",
     help="size of one file (default %(default)s)",
   )  # fmt: skip
+  out.add_argument(
+    "--ema", action="store_true", help="the moving average of the weights"
+  )
   for sub in (into, out):
     sub.add_argument(
       "--dtype", choices=_DTYPES, help="of the weights (default: theirs)"

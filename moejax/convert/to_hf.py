@@ -42,6 +42,7 @@ def to_hf(
   dtype: str | None = None,
   step: int | None = None,
   shard_bytes: int = SHARD_BYTES,
+  ema: bool = False,
 ) -> None:
   """Makes a hub's folder of a run's checkpoint.
 
@@ -56,6 +57,7 @@ def to_hf(
     dtype: of the weights; None keeps theirs.
     step: of the checkpoint; None takes the newest.
     shard_bytes: size of one file, at least one rule's tensors.
+    ema: take the moving average of the weights.
 
   Raises:
     UserError: no family fits, the target holds something else, or the disk is
@@ -64,14 +66,37 @@ def to_hf(
   source = Path(source)
   config, words = runs.read_config(source), runs.read_tokenizer(source)
   checkpoints = CheckpointReader(runs.checkpoint_folder(source))
-  found, meta, leaves = checkpoints.open_leaves(ITEMS, step)
+  items = ITEMS
+  if ema:
+    runs.require_average(config, source)
+    items = (runs.EMA, *ITEMS[1:])
+  found, meta, leaves = checkpoints.open_leaves(items, step)
+  leaves = _Averaged(leaves) if ema else leaves
   config = config_after(config, found)
   name, values = hub_values(config.model, words, hub_config(source), family)
   mark = {"from": os.path.abspath(source), "step": found}
-  mark |= {"tokenizer": meta["tokenizer"]}
+  mark |= {"tokenizer": meta["tokenizer"]} | ({"ema": True} if ema else {})
   export = Export(Path(target), name, values, config.model, leaves, dtype)
   size = export.write(words, source / HUB, mark, shard_bytes)
   print(f"{target}: {name}, {format_bytes(size)} of weights, step {found}")
+
+
+class _Averaged:
+  """A checkpoint's leaves, with averaged parameters in place of the last."""
+
+  def __init__(self, leaves: LeafReader):
+    self._leaves = leaves
+    start = f"{runs.EMA}/"
+    self.table = leaves.table | {
+      f"params/{name.removeprefix(start)}": leaf
+      for name, leaf in leaves.table.items()
+      if name.startswith(start)
+    }
+
+  def read(self, name: str, index: int | None = None) -> np.ndarray:
+    first, slash, rest = name.partition("/")
+    first = runs.EMA if first == "params" else first
+    return self._leaves.read(first + slash + rest, index)
 
 
 def save_hf(
@@ -128,7 +153,7 @@ class Export:
   family: str
   values: dict[str, Any]
   model: ModelConfig
-  leaves: LeafReader | TreeReader
+  leaves: LeafReader | TreeReader | _Averaged
   dtype: str | None
 
   def write(
