@@ -40,7 +40,14 @@ def write_table(folder, points):
 def fit(tmp_path, points, *args):
   table = write_table(tmp_path, points)
   out = tmp_path / "out"
-  command = ["scaling", "fit", table, f"--out={out}", "--resamples=20", *args]
+  command = [
+    "scaling",
+    "fit",
+    table,
+    f"--output={out}",
+    "--resamples=20",
+    *args,
+  ]
   return main(command), out
 
 
@@ -136,7 +143,7 @@ def test_published_laws_count_embedding_tables(tmp_path, capsys):
   (tmp_path / "points.csv").write_text(to_csv(points, "non-embedding"))
   out = tmp_path / "out"
   assert main([
-    "scaling", "fit", str(tmp_path / "points.csv"), f"--out={out}",
+    "scaling", "fit", str(tmp_path / "points.csv"), f"--output={out}",
     "--resamples=20", budget, "--count=non-embedding",
   ]) == 0  # fmt: skip
   told = capsys.readouterr().out
@@ -209,7 +216,7 @@ def test_folders_of_runs(tmp_path, capsys):
   runs = []
   for name in "abc":
     runs.append(str(write_run(tmp_path / name, Recipe())))
-  assert main(["scaling", "fit", *runs, f"--out={tmp_path / 'out'}"]) == 2
+  assert main(["scaling", "fit", *runs, f"--output={tmp_path / 'out'}"]) == 2
   assert "3 points of 1 sizes" in capsys.readouterr().err
 
 
