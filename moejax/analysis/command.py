@@ -16,7 +16,7 @@ from moejax.analysis.page import Analysis
 from moejax.analysis.similarities import similarity
 from moejax.analysis.surveys import Plan, Survey, survey_all
 from moejax.analysis.vocabulary import token_table
-from moejax.cli import apply_overrides, parse_overrides
+from moejax.cli import apply_overrides, parse_overrides, whole_number
 from moejax.config import ParallelConfig, default_config
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count
@@ -211,21 +211,21 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     help="a kind of text and its file, folder or glob; repeat for each kind",
   )  # fmt: skip
   add(
-    "--tokens", type=int, default=Plan.tokens, metavar="N",
+    "--tokens", type=whole_number, default=Plan.tokens, metavar="N",
     help="at most so many, as many of each kind (default: %(default)s)",
   )  # fmt: skip
   add("--output", metavar="DIR", help="where to write (default: RUN/analysis)")
   add(
-    "--min-count", type=int, default=10, metavar="N",
+    "--min-count", type=whole_number, default=10, metavar="N",
     help="occurrences that a token id needs (default: %(default)s)",
   )  # fmt: skip
   add(
-    "--sample", type=int, default=Plan.sample, metavar="N",
+    "--sample", type=whole_number, default=Plan.sample, metavar="N",
     help="tokens that all experts compute, to compare them (default: "
     "%(default)s)",
   )  # fmt: skip
   add(
-    "--batch-size", type=int, default=0, metavar="ROWS",
+    "--batch-size", type=whole_number, default=0, metavar="ROWS",
     help="rows at a time (default: what makes 4,096 tokens)",
   )  # fmt: skip
   parser.epilog = (

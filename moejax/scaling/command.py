@@ -198,7 +198,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _resamples(text: str) -> int:
-  number = int(text)
+  number = cli.whole_number(text)
   if number < 20:
     raise argparse.ArgumentTypeError(f"{number} are too few; use 100 or more")
   return number

@@ -12,6 +12,7 @@ import pytest
 from moejax import analysis
 from moejax.__main__ import main
 from moejax.analysis import page, results, text
+from moejax.cli import whole_number
 from moejax.errors import ConfigError
 from moejax.report.style import new_figure, plot_style
 from tests.analysis.small_model import E, make_run, make_texts
@@ -55,7 +56,7 @@ def trained(tmp_path_factory, shared_data):
     assert done.returncode == 0, done.stderr
   done = moejax(
     place, "analyze", "run:all", "--data=papers=text/arxiv.txt",
-    "--data=text/wikipedia.txt", "--tokens=8000", "--min-count=5",
+    "--data=text/wikipedia.txt", "--tokens=8e3", "--min-count=5",
     "--sample=32",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -254,6 +255,26 @@ def test_refusals_are_one_line(tmp_path, args, message, monkeypatch, capsys):
   assert main(["analyze", "run", *args]) == 2
   printed = capsys.readouterr().err
   assert printed.count("\n") == 1 and message in printed
+
+
+@pytest.mark.parametrize(
+  "given, wanted",
+  [("10000", 10_000), ("1e4", 10_000), ("2.5e3", 2_500), ("-3", -3),
+   (f"{2**60 + 1}", 2**60 + 1)],
+)  # fmt: skip
+def test_whole_numbers_of_the_command_line(given, wanted):
+  assert whole_number(given) == wanted
+
+
+@pytest.mark.parametrize("given", ["1.5", "1e-2", "inf", "nan", "many", ""])
+@pytest.mark.parametrize("option", ["--tokens", "--min-count", "--sample"])
+def test_what_is_no_whole_number(given, option, capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(["analyze", "run", "--data=code", f"{option}={given}"])
+  assert caught.value.code == 2
+  assert re.search(
+    rf"{option}: '{given}' is no (whole )?number", capsys.readouterr().err
+  )
 
 
 def test_names_of_domains():
