@@ -172,7 +172,8 @@ def _facts(
   )
   return [
     steps,
-    f"{len(last.routers)} routers, {last.num_experts} experts, {k:.3g} a token",
+    f"{len(last.routers)} routers, {last.num_experts} experts, {k:.3g} a token"
+    + (" on average" if k % 1 else ""),
     f"{format_count(total.tokens)} tokens: {domains}",
   ]
 

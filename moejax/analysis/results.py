@@ -127,7 +127,9 @@ def _(result: measures.DomainSpecialisation):
   return {
     "domains": result.domains, "tokens": result.tokens_U,
     "largest_share": result.share_ULE.max(-1),
-    "smallest_share": result.share_ULE.min(-1), "chance": result.chance_L,
+    "smallest_share": result.share_ULE.min(-1),
+    "largest_deviation": np.abs(result.deviation_ULE).max((0, 2)),
+    "chance": result.chance_L,
   }  # fmt: skip
 
 
