@@ -60,6 +60,16 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
   write_atomically(path, json.dumps(_plain(record), indent=1) + "\n")
 
 
+def read_domains(path: pathlib.Path) -> list[str]:
+  """Names of the text that a summary is of; none if it is another's file."""
+  try:
+    return list(
+      json.loads(path.read_text(encoding="utf-8"))["domains"]["domains"]
+    )
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return []
+
+
 def write_table(
   folder: pathlib.Path, name: str, table: Columns
 ) -> pathlib.Path:
