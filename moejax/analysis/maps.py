@@ -180,10 +180,11 @@ def _domain_bars(
 
 
 def _ticks_over(top: float) -> np.ndarray:
-  """From 0, few and round; the last one is not below the highest bar."""
+  """From 0 to 100 % at most, few; the highest bar is not above the last."""
   from matplotlib.ticker import MaxNLocator
 
-  return MaxNLocator(3, steps=[1, 2, 2.5, 4, 5, 10]).tick_values(0, top)
+  ticks = MaxNLocator(3, steps=[1, 2, 2.5, 4, 5, 10]).tick_values(0, top)
+  return ticks if ticks[-1] <= 1 else np.array([0.0, 0.5, 1.0])
 
 
 def _mean_k(result: DomainSpecialisation) -> str:

@@ -169,7 +169,7 @@ def _token_tables(tokens: Columns, num_experts: int) -> str:
   lead = (
     "The tokens of which each expert is most often the best one, with the "
     "share of their occurrences: only those above chance, which is 1/E "
-    f"({escape(percent(1 / num_experts))}), or the expert's share of all "
+    f"({100 / num_experts:.3g}\u00a0%), or the expert's share of all "
     f"tokens where that is more. {escape(signs)}{'. ' if signs else ''}"
     "Tokens of all layers, and those below chance, are in the table "
     "<code>tokens</code> beside this page."

@@ -32,5 +32,5 @@ def test_tokens_below_chance_are_not_shown_and_signs_are_told():
   first = source[: source.index("by the predicted next token")]
   assert "<td>expert&nbsp;2</td><td>none above chance</td>" in first
   assert first.count("none above chance") == 1
-  assert "1/E (33\u00a0%)" in source and "␣ is a space; #257 is" in source
+  assert "1/E (33.3\u00a0%)" in source and "␣ is a space; #257 is" in source
   assert "⏎ is" not in source  # it is not on the page
