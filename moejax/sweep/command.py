@@ -10,7 +10,13 @@ from moejax.cli import make_importable
 from moejax.errors import ConfigError
 from moejax.runlock import EXIT_SAVED
 from moejax.sweep.spec import PlannedRun, Sweep, load_sweep, plan_runs
-from moejax.sweep.state import DONE, check_same, read_state, to_do
+from moejax.sweep.state import (
+  DONE,
+  check_routers,
+  check_same,
+  read_state,
+  to_do,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -32,9 +38,12 @@ def main(argv: list[str]) -> int:
     if not 0 <= args.task < len(planned):
       raise ConfigError(f"--task={args.task} is not in [0, {len(planned) - 1}]")
   _leave_accelerators_alone()
-  check_same(workdir, planned)
-  stopped = False
   chosen = planned if args.task is None else [planned[args.task]]
+  check_same(workdir, planned)
+  left = [] if args.compare else to_do(workdir, chosen)
+  for note in check_routers(workdir, planned, left):
+    print(note, flush=True)
+  stopped = False
   if not args.compare:
     stopped = _run(workdir, chosen, args.jobs or 1)
   if stopped:

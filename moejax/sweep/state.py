@@ -10,6 +10,8 @@ from moejax import runs
 from moejax.config import differences
 from moejax.errors import ConfigError, UserError
 from moejax.files import write_atomically
+from moejax.metrics import METRICS, last_step
+from moejax.sweep.sources import changed_files
 from moejax.sweep.spec import PlannedRun
 
 FILE = "sweep_state.json"
@@ -26,18 +28,24 @@ class RunState:
     state: done, failed or waiting (not started, or killed on the way).
     message: why it failed, one line.
     seconds: wall time of the last attempt.
+    router_files: SHA-256 by module, from `sources.router_files`; None where an
+      older version has not written it.
   """
 
   state: str
   message: str = ""
   seconds: float = 0.0
+  router_files: dict[str, str] | None = None
 
 
 def read_state(folder: Path) -> RunState:
   """The state of the run in a folder; waiting if nothing says otherwise."""
   try:
     values = json.loads((folder / FILE).read_text())
-    return RunState(values["state"], values["message"], values["seconds"])
+    files = values["router_files"] if "router_files" in values else None
+    return RunState(
+      values["state"], values["message"], values["seconds"], files
+    )
   except (FileNotFoundError, NotADirectoryError):
     return RunState(WAITING)
   except (OSError, ValueError, KeyError, TypeError) as e:
@@ -73,15 +81,61 @@ def check_same(workdir: Path, planned: list[PlannedRun]) -> None:
     ConfigError: a folder that has a run of other settings.
   """
   for run in planned:
-    if (workdir / run.name / "config.json").is_file():
-      _check_same(workdir / run.name, run)
+    if changed := other_settings(workdir, run):
+      raise ConfigError(
+        f"{workdir / run.name} has a run of other settings "
+        f"({'; '.join(changed[:3])}); use another --workdir, or remove that "
+        "folder"
+      )
 
 
-def _check_same(folder: Path, run: PlannedRun) -> None:
+def other_settings(workdir: Path, run: PlannedRun) -> list[str]:
+  """How the settings of the run in the folder differ; empty without one."""
+  folder = workdir / run.name
+  if not (folder / "config.json").is_file():
+    return []
   before: dict[str, Any] = runs.read_config(folder).to_dict()
-  changed = differences(before, run.config.to_dict())
-  if changed:
+  return differences(before, run.config.to_dict())
+
+
+def check_routers(
+  workdir: Path, planned: list[PlannedRun], left: list[PlannedRun]
+) -> list[str]:
+  """Whether routers are still what runs in the folder were made with.
+
+  Args:
+    workdir: the sweep's folder.
+    planned: runs that will be compared.
+    left: those of them that are to be made.
+
+  Returns:
+    Lines to print: runs that will be compared as they are.
+
+  Raises:
+    ConfigError: a point would have runs of two routers, or one run of both.
+  """
+  points = {run.point for run in left}
+  refused: dict[str, list[str]] = {}
+  noted: dict[str, list[str]] = {}
+  for run in planned:
+    for file in other_router(workdir, run):
+      found = refused if run.point in points else noted
+      found.setdefault(file, []).append(run.name)
+  for file, names in refused.items():
     raise ConfigError(
-      f"{folder} has a run of other settings ({'; '.join(changed[:3])}); use "
-      "another --workdir, or remove that folder"
+      f"{', '.join(names)} in {workdir}: made with another {file} than the one "
+      "there now; put that file back, use another --workdir, or remove "
+      f"{'that folder' if len(names) == 1 else 'those folders'}"
     )
+  return [
+    f"note: {', '.join(names)}: made with another {file} than the one there now"
+    for file, names in noted.items()
+  ]
+
+
+def other_router(workdir: Path, run: PlannedRun) -> list[str]:
+  """Files of its router that have changed since the run's first step."""
+  files = read_state(workdir / run.name).router_files
+  if not files or not last_step(workdir / run.name / METRICS):
+    return []
+  return changed_files(files)
