@@ -11,7 +11,7 @@ from moejax.report import pictures
 from moejax.report.page import card, document, escape
 from moejax.sweep.charts import COLOURS, make_charts
 from moejax.sweep.compare import Comparison, PointResult
-from moejax.sweep.state import DONE
+from moejax.sweep.state import DONE, how_far
 from moejax.sweep.table import cell, columns, footnote
 
 PAGE = "index.html"
@@ -29,7 +29,7 @@ def write_page(comparison: Comparison, workdir: Path) -> Path:
     f'<p class="facts">{_facts(comparison)}</p>',
     _table(comparison, workdir),
     f'<div class="cards">{"".join(card(chart) for chart in charts)}</div>',
-    _failures(comparison),
+    _failures(comparison, workdir),
     _options(comparison),
   ]
   footer = "Written by <code>moejax sweep</code> from the logs of its runs."
@@ -115,11 +115,12 @@ def _row(
   )
 
 
-def _failures(comparison: Comparison) -> str:
+def _failures(comparison: Comparison, workdir: Path) -> str:
   """What failed and why; nothing if nothing did."""
   rows = "".join(
     f"<tr><td><code>{escape(run.planned.name)}</code></td>"
-    f"<td>{escape(run.state.state)}</td><td>{escape(run.state.message)}</td></tr>"
+    f"<td>{escape(how_far(workdir, run.planned))}</td>"
+    f"<td>{escape(run.state.message)}</td></tr>"
     for point in comparison.points
     for run in point.runs
     if run.state.state != DONE

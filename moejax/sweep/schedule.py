@@ -81,7 +81,8 @@ def _record(
   workdir: Path, run: PlannedRun, state: RunState, say: Callable[[str], None]
 ) -> None:
   if state.state == WAITING:
-    say(f"{run.name}: stopped, saved")
+    step = last_step(workdir / run.name / METRICS)
+    say(f"{run.name}: stopped at {step}/{run.config.train.num_steps}, saved")
     return
   if state.router_files is None:  # its process died: what it began with
     files = read_state(workdir / run.name).router_files

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from moejax.config import differences
 from moejax.errors import ConfigError, UserError
 from moejax.files import write_atomically
 from moejax.metrics import METRICS, last_step
+from moejax.runlock import LOCK_FILE, PATIENCE, process_start
 from moejax.sweep.sources import changed_files
 from moejax.sweep.spec import PlannedRun
 
@@ -69,9 +72,36 @@ def write_state(folder: Path, state: RunState) -> None:
     raise UserError(f"cannot write {folder / FILE}: {e.strerror or e}") from e
 
 
+def has_begun(folder: Path) -> bool:
+  """Whether there is a run in it, however far it is."""
+  return any((folder / name).is_file() for name in (FILE, "config.json"))
+
+
 def to_do(workdir: Path, planned: list[PlannedRun]) -> list[PlannedRun]:
   """The runs that are not done."""
   return [r for r in planned if read_state(workdir / r.name).state != DONE]
+
+
+def how_far(workdir: Path, run: PlannedRun) -> str:
+  """The state of a run for a person to read."""
+  state = read_state(workdir / run.name).state
+  step = last_step(workdir / run.name / METRICS)
+  if state != WAITING or not step:
+    return state
+  verb = "at work," if _is_held(workdir / run.name) else "stopped at"
+  return f"{verb} {step}/{run.config.train.num_steps}"
+
+
+def _is_held(folder: Path) -> bool:
+  """Whether a process trains in it, as far as can be told from its lock."""
+  try:
+    holder = json.loads((folder / LOCK_FILE).read_text())
+    touched = (folder / LOCK_FILE).stat().st_mtime
+  except (OSError, ValueError):
+    return False  # a lock that was given back is empty
+  if holder["host"] != socket.gethostname():
+    return time.time() - touched < PATIENCE
+  return process_start(holder["pid"]) == holder["process_start"]
 
 
 def check_same(workdir: Path, planned: list[PlannedRun]) -> None:

@@ -131,7 +131,13 @@ def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
       run = connection.recv()
     except (EOFError, OSError):
       return
-    connection.send(_attempt(run, workdir / run.name))
+    state = _attempt(run, workdir / run.name)
+    try:
+      connection.send(state)
+    except OSError:  # the sweep was killed: nobody else will write it down
+      if state.state != WAITING:
+        write_state(workdir / run.name, state)
+      return
 
 
 def _prepare(workdir: Path, place: dict[str, str]) -> None:
