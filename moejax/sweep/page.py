@@ -12,7 +12,7 @@ from moejax.report.page import card, document, escape
 from moejax.sweep.charts import COLOURS, make_charts
 from moejax.sweep.compare import Comparison, PointResult
 from moejax.sweep.state import DONE, how_far
-from moejax.sweep.table import cell, columns, footnote
+from moejax.sweep.table import cell, columns, footnote, order_note
 
 PAGE = "index.html"
 
@@ -78,9 +78,10 @@ def _table(comparison: Comparison, workdir: Path) -> str:
     f'<thead><tr><th tabindex="0">point</th>{heads}<th class="number" '
     'tabindex="0">runs</th></tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
-    '<p class="note">Best final loss first; a click on a heading sorts, '
-    "pointing at a row picks out its curves. <code>moejax report"
-    " POINT/seed_N</code> draws one run, <code>moejax sweep --compare</code> "
+    f'<p class="note">{escape(order_note(comparison))} A click on a heading '
+    "sorts otherwise, pointing at a row picks out its curves. "
+    "<code>moejax report POINT/seed_N</code> draws one run, "
+    "<code>moejax sweep --compare</code> "
     f"then links it here.</p>{star}"
     f"<details><summary>What the columns are</summary><ul>{notes}</ul>"
     "</details></section>"

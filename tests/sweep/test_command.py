@@ -108,7 +108,7 @@ def test_it_runs_all_and_compares(place, finished):
   assert one["difference"] == pytest.approx(sum(paired) / 2)
   assert one["router/experts_per_token"] == 1
   table = (place / "finished" / "comparison.md").read_text()
-  assert table.count("\n") == 4 and "| two | " in table
+  assert table.count("\n") == 6 and "| two | " in table
   page = (place / "finished" / "index.html").read_text()
   assert 'data-point="one"' in page and "loss-curves-curve-one" in page
   assert "http" not in page.replace("http://www.w3.org", "")
