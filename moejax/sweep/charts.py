@@ -65,13 +65,13 @@ def final_losses(comparison: Comparison) -> Chart | None:
     for row, point in enumerate(points):
       losses = np.array(list(point.losses.values()))
       colour, _ = _look(comparison, point.name)
-      ax.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.75,
-              markersize=5)  # fmt: skip
       bar = [comparison.placed(point)] * 2, [row - 0.3, row + 0.3]
       if point.seeds_found:
         ax.plot(*bar, color=colour, linewidth=5, solid_capstyle="butt")
       ax.plot(*bar, color=LIGHT["card"] if point.seeds_found else colour,
-              linewidth=2.5)  # fmt: skip
+              linewidth=2.5, solid_capstyle="butt")  # fmt: skip
+      ax.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.75,
+              markersize=5)  # fmt: skip
     if np.isfinite(base):
       ax.axvline(base, color=LIGHT["soft"], linewidth=1, linestyle=(0, (4, 3)))
     ax.set_yticks(range(len(points)), [_label(p) for p in points])

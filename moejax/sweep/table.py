@@ -139,6 +139,8 @@ def headline(comparison: Comparison) -> str:
 def order_note(comparison: Comparison) -> str:
   """By what rows are sorted, and what that makes of missing seeds."""
   said = f"Sorted by the difference to {comparison.reference}, seed by seed"
+  if not comparison.point(comparison.reference).losses:
+    said = f"Sorted by final loss, as {comparison.reference} has none"
   if any(point.seeds_found for point in comparison.points):
     return f"{said}; a final loss is the mean of the seeds there are."
   return f"{said}."

@@ -166,6 +166,14 @@ def test_a_point_of_other_seeds_has_no_place_beside_the_others(tmp_path):
   assert headline(result) == "Lowest: a; no seed in common with b"
 
 
+def test_without_a_baseline_the_means_are_compared(tmp_path):
+  losses = {"a": [None, None], "b": [2.1, 3.2], "c": [2.0, 3.0]}
+  result = made_up(tmp_path, losses, (0, 1))
+  assert [p.name for p in result.ranked()] == ["c", "b", "a"]
+  assert result.placed(result.point("b")) == pytest.approx(2.65)
+  assert "Sorted by final loss, as a has none" in as_text(result)
+
+
 @pytest.mark.parametrize(
   "losses, title",
   [

@@ -6,7 +6,12 @@ import json
 import pytest
 
 from moejax.__main__ import main
+from moejax.config import Config
+from moejax.errors import ConfigError
+from moejax.metrics import encode_line
 from moejax.sweep.sources import changed_files
+from moejax.sweep.spec import PlannedRun
+from moejax.sweep.state import FAILED, RunState, check_routers, write_state
 from tests.small_run import make_place, moejax
 
 SWEEP = """
@@ -84,6 +89,25 @@ def test_what_is_done_is_compared_with_a_note(edited, call, options):
   code, said = call(*options)
   assert code == 0
   assert "note: own/seed_0: made with another" in said.out
+
+
+def test_a_dry_run_tells(edited, call):
+  code, said = call("--dry-run", "--seeds=0,1")
+  assert code == 2 and "made with another" in said.err
+  assert "own/seed_0                   other router file " in said.out
+  assert "top_k/seed_0                 done " in said.out
+
+
+def test_what_was_made_with_nothing_is_made_again(place):
+  """A router that failed before its first step is corrected and repeated."""
+  run = PlannedRun("own", 0, Config())
+  old = RunState(FAILED, "", 1.0, {"own_router": "0" * 64})
+  write_state(place / "fresh" / run.name, old)
+  assert check_routers(place / "fresh", [run], [run]) == []
+  log = place / "fresh" / run.name / "metrics.jsonl"
+  log.write_bytes(encode_line(1, {"loss/xent": 1.0}))
+  with pytest.raises(ConfigError, match="own/seed_0 .* made with another"):
+    check_routers(place / "fresh", [run], [run])
 
 
 def test_a_file_that_is_gone_has_changed_too(place):
