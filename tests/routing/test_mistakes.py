@@ -319,6 +319,19 @@ def test_places_left_empty_on_purpose_are_not_dropped():
   assert stats.count_BE.sum() == 7
 
 
+def test_the_routers_of_the_page(tmp_path, monkeypatch, capsys):
+  page = Path(__file__).parents[2] / "docs" / "routers.md"
+  blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+  head = "import jax\nfrom moejax.routing import Routing\n"
+  (tmp_path / "of_the_page.py").write_text(head + "".join(blocks))
+  monkeypatch.syspath_prepend(tmp_path)
+  for name in re.findall(r"^def (\w+)", "".join(blocks), re.MULTILINE):
+    text = f"of_the_page.{name}(k=2)"
+    probe(resolve(Spec.parse(text)), E, text)
+  assert len(blocks) >= 3
+  assert capsys.readouterr().err == ""
+
+
 def test_no_experts_at_all():
   with pytest.raises(ConfigError, match="use 1 <= k <= 8"):
     MoEConfig(num_experts=8, router="top_k(k=0)")
