@@ -236,7 +236,9 @@ def file_of(router: Router) -> str:
   """Where a person finds it."""
   code = code_of(router)
   return (
-    f"{near(code.co_filename)}:{code.co_firstlineno}" if code else "a callable"
+    f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+    if code
+    else "a callable"
   )
 
 
@@ -245,7 +247,7 @@ def code_of(router: Router) -> Any:
   return getattr(inspect.unwrap(bare(router)), "__code__", None)
 
 
-def near(path: str) -> str:
+def short_path(path: str) -> str:
   """A path as it is written in the working directory."""
   here = os.path.join(os.getcwd(), "")
   return path.removeprefix(here)

@@ -16,7 +16,7 @@ from moejax.routing.base import (
   check_routing,
   code_of,
   file_of,
-  near,
+  short_path,
 )
 from moejax.routing.inputs import asks_for, takes_rng
 
@@ -91,7 +91,7 @@ def _line_of(router: Router, e: Exception) -> str:
   frame = _frame(router, e)
   if frame is None:
     return file_of(router)
-  return f"{near(frame.filename)}:{frame.lineno}"
+  return f"{short_path(frame.filename)}:{frame.lineno}"
 
 
 def _is_about_rng(router: Router, e: Exception) -> bool:

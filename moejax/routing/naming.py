@@ -11,7 +11,7 @@ import traceback
 import types
 
 from moejax.errors import ConfigError
-from moejax.routing.base import Router, bare, file_of, near
+from moejax.routing.base import Router, bare, file_of, short_path
 from moejax.routing.calling import in_a_line, innermost
 from moejax.routing.inputs import input_names, option_names
 from moejax.spec import Spec
@@ -91,9 +91,10 @@ def _imported(module_name: str, spec: Spec) -> types.ModuleType:
 def _cannot_import(spec: Spec, e: Exception) -> ConfigError:
   """Names the line of the person's file, not of the import's machinery."""
   if isinstance(e, SyntaxError) and e.filename:
+    where = f"{short_path(e.filename)}:{e.lineno}"
     return ConfigError(
-      f"model.moe.router: {spec.name}: {near(e.filename)}:{e.lineno} raised "
-      f"{type(e).__name__}: {e.msg}"
+      f"model.moe.router: {spec.name}: {where} raised {type(e).__name__}: "
+      f"{e.msg}"
     )
   machinery = (__file__, importlib.__file__)
   files = [f.filename for f in traceback.extract_tb(e.__traceback__)]
@@ -103,7 +104,7 @@ def _cannot_import(spec: Spec, e: Exception) -> ConfigError:
   ]  # fmt: skip
   where = "its module"
   if theirs and (frame := innermost(e, theirs[0])):
-    where = f"{near(frame.filename)}:{frame.lineno}"
+    where = f"{short_path(frame.filename)}:{frame.lineno}"
   return ConfigError(
     f"model.moe.router: {spec.name}: {where} raised {in_a_line(e)}"
   )
