@@ -125,6 +125,25 @@ def parse_overrides(extra_args: Sequence[str]) -> dict[str, str]:
   return found
 
 
+def whole_number(text: str) -> int:
+  """`10000`, `1e4` or `2.5e6` of a command line, as an argument's `type`.
+
+  Raises:
+    ArgumentTypeError: it is no number, or no whole one.
+  """
+  try:
+    return int(text)  # of any length, which a float would round
+  except ValueError:
+    pass
+  try:
+    number = float(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+  if not number.is_integer():
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+  return int(number)
+
+
 def make_importable(folder: str) -> None:
   """Routers may live beside the config or in the working directory."""
   for path in (folder, os.getcwd()):

@@ -137,7 +137,8 @@ class MoEConfig:
     require(
       0 < k <= self.num_experts,
       f"model.moe.router={self.router!r} asks for {k} experts per token, but "
-      f"model.moe.num_experts={self.num_experts}; use k <= {self.num_experts}",
+      f"model.moe.num_experts={self.num_experts}; use 1 <= k <= "
+      f"{self.num_experts}",
     )
 
   @property

@@ -149,10 +149,15 @@ class Loop:
       if not np.isfinite(metrics[name]):
         self.checkpoints.wait()
         newest = self.checkpoints.latest()
+        advice = (
+          "use a lower optimizer.learning_rate in a new --workdir, or look at "
+          "the data of this step"
+        )
+        if step == 1 and name != "param_norm":
+          advice = "before any update: look at the router or the data"
         raise UserError(
           f"{name} is {metrics[name]} at step {step} (newest checkpoint before "
-          f"it: {newest}); use a lower optimizer.learning_rate in a new "
-          "--workdir, or look at the data of this step"
+          f"it: {'none' if newest is None else newest}); {advice}"
         )
 
   def _note_dropped(self, step: int, metrics: dict[str, Any]) -> None:

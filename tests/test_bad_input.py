@@ -6,6 +6,7 @@ import re
 import pytest
 
 from moejax.__main__ import main
+from moejax.errors import ConfigError
 from tests.small_run import make_place
 
 
@@ -20,7 +21,7 @@ def place(tmp_path_factory):
     (["--config.model.num_layer=3"], "did you mean 'model.num_layers'?"),
     (["--config.model.num_layers=three"], "must be int"),
     (["--config.model.num_kv_heads=3"], "use num_kv_heads=2"),
-    (["--config.model.moe.router=top_k(k=9)"], "use k <= 4"),
+    (["--config.model.moe.router=top_k(k=9)"], "use 1 <= k <= 4"),
     (["--config.model.moe.router=topk(k=2)"], "no router 'topk'"),
     (["--config.model.vocab_size=100"], "vocab_size=100 holds fewer; use 384"),
     (["--config.data.sources=nowhere"], "nowhere"),
@@ -31,7 +32,10 @@ def place(tmp_path_factory):
     (["--config.train.accumulation_steps=3"], "use 2"),
     (["--config.model.moe.router=top_k(k=2,score='foo')"], "score='foo' is"),
     (["--config.model.moe.router=top_k(k=1,renormalize=True)"], "no gradient"),
-    (["--config.model.moe.router=top_k(k=2,jitter='x')"], "jitter='x' is not"),
+    (
+      ["--config.model.moe.router=top_k(k=2,jitter='x')"],
+      "jitter='x' must be float",
+    ),
     (["--config.model.moe.matmul=tpu"], "it is for tpu, not cpu"),
     (["--config.model.d_model=100000000"], "the training state needs"),
   ],
@@ -67,6 +71,42 @@ def test_assignments_that_go_nowhere_are_said_once(place, monkeypatch, capsys):
   assert code == 0
   assert out.count("assignments went to no expert") == 1, out
   assert re.search(r"note: 2\d\.\d% of step 1's", out), out
+
+
+def test_a_router_that_raises_is_one_line(place, monkeypatch, capsys):
+  (place / "bug.py").write_text(
+    "import jax\n"
+    "def router(logits_TE, mask_T, *, k, rng=None):\n"
+    "  return jax.lax.topk(logits_TE, k)\n"
+  )
+  monkeypatch.chdir(place)
+  argv = ["train", "--config=config.py", "--workdir=bug"]
+  argv.append("--config.model.moe.router=bug.router(k=2)")
+  assert main(argv) == 2
+  error = capsys.readouterr().err
+  assert "router bug.router(k=2) (bug.py:3) raised AttributeError: " in error
+  assert error.count("\n") == 1, error
+  with pytest.raises(ConfigError) as caught:
+    main([*argv, "--debug"])
+  assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_loss_that_is_none_before_any_update(place, monkeypatch, capsys):
+  """Then no learning rate is to blame."""
+  (place / "nan.py").write_text(
+    "from moejax.routing import top_k\n"
+    "def router(logits_TE, mask_T, *, k):\n"
+    "  good = top_k(logits_TE, mask_T, k=k)\n"
+    "  zero = 0.0 if len(mask_T) > 100 else 1.0\n"
+    "  return good.replace(weight_A=good.weight_A / zero)\n"
+  )
+  monkeypatch.chdir(place)
+  argv = ["train", "--config=config.py", "--workdir=nan"]
+  assert main([*argv, "--config.model.moe.router=nan.router(k=2)"]) == 2
+  error = capsys.readouterr().err
+  assert "at step 1 (newest checkpoint before it: none); before any" in error
+  assert "look at the router or the data" in error
+  assert "learning_rate" not in error
 
 
 def test_a_step_beyond_the_memory_is_refused(place, monkeypatch, capsys):

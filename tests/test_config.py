@@ -98,7 +98,7 @@ def test_bad_values_from_the_command_line(path, text, message):
     ({"model": {"pattern": ("attention/mo",)}}, "did you mean 'moe'?"),
     ({"model": {"prefix": ("attention/mlp",), "num_layers": 4,
                 "pattern": ("attention/moe", "attention/mlp")}}, "use 3"),
-    ({"model": {"moe": {"num_experts": 4}}}, "use k <= 4"),
+    ({"model": {"moe": {"num_experts": 4}}}, "use 1 <= k <= 4"),
     ({"model": {"moe": {"router": "top_k(8)"}}}, "arguments as key=value"),
     ({"model": {"moe": {"router": "top_k(k=f())"}}}, "k must be a literal"),
     ({"model": {"moe": {"router": "top_k("}}}, "not of the form"),

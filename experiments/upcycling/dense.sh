@@ -8,6 +8,6 @@ moejax train --config=configs/tiny.py --workdir=$place/dense \
   --config.model.pattern=attention/mlp --config.model.d_mlp=256 \
   --config.train.num_steps=200 --config.seed=7
 moejax convert upcycle $place/dense --config=configs/tiny.py $options \
-  --out=$place/upcycled
+  --output=$place/upcycled
 moejax convert upcycle $place/dense --config=configs/tiny.py $options \
-  --out=$place/noise --noise=0.5 --noise-std=0.02
+  --output=$place/noise --noise=0.5 --noise-std=0.02

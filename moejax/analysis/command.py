@@ -4,6 +4,7 @@
 import argparse
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,14 +17,14 @@ from moejax.analysis.page import Analysis
 from moejax.analysis.similarities import similarity
 from moejax.analysis.surveys import Plan, Survey, survey_all
 from moejax.analysis.vocabulary import token_table
-from moejax.cli import apply_overrides, parse_overrides
+from moejax.cli import apply_overrides, parse_overrides, whole_number
 from moejax.config import ParallelConfig, config_after, default_config
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count
 
 
 def main(argv: list[str]) -> int:
-  """`moejax analyze CHECKPOINT... --data=NAME=FILE...`."""
+  """`moejax analyze CHECKPOINT... --data=[NAME=]FILE...`."""
   args, extra = _parse(argv)
   parallel = _mesh_of(extra)
   plan = Plan(
@@ -67,6 +68,7 @@ def analyze(
   text.require_text(plan.domains, tokenizer, config.data)
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    _note_replaced(folder, plan)
     surveys = survey_all(checkpoints, plan, folder)
     found, left_out = measure(surveys, min_count)
     if surveys[-1].num_experts > 1:
@@ -82,8 +84,9 @@ def analyze(
     if "vocabulary" in found:
       tokens = token_table(surveys[-1], tokenizer, min_count)
     facts = _facts(checkpoints, surveys)
-    name = last.folder.resolve().name
-    return _write(Analysis(name, facts, found, tokens, left_out), folder)
+    return _write(
+      Analysis(_name_of(last.folder), facts, found, tokens, left_out), folder
+    )
   except OSError as e:
     raise UserError(
       f"cannot write to {folder}: {e.strerror or e}; name another --output"
@@ -146,6 +149,16 @@ def _write(found: Analysis, folder: pathlib.Path) -> pathlib.Path:
   return paths[-1]
 
 
+def _note_replaced(folder: pathlib.Path, plan: Plan) -> None:
+  """Says so, before anything is computed, if the folder's page is of others."""
+  before = results.read_domains(folder / "summary.json")
+  if before and set(before) != set(plan.domains):
+    print(
+      f"note: the page in {folder} is of {', '.join(before)}; this one of "
+      f"{', '.join(plan.domains)} takes its place (--output keeps both)"
+    )
+
+
 def _remove_others(folder: pathlib.Path, written: set[str]) -> None:
   """Deletes tables and pictures of the page that was in this folder before."""
   tables = (*page.HEADINGS, "tokens")
@@ -153,6 +166,14 @@ def _remove_others(folder: pathlib.Path, written: set[str]) -> None:
   known |= {f"{name}.png" for name in page.PICTURES}
   for name in sorted(known - written):
     (folder / name).unlink(missing_ok=True)
+
+
+def _name_of(run: pathlib.Path) -> str:
+  """Its folder's, with the one above for a sweep's `seed_0`."""
+  run = run.resolve()
+  if re.fullmatch(r"seed_\d+", run.name):
+    return f"{run.parent.name}/{run.name}"
+  return run.name
 
 
 def _facts(
@@ -172,7 +193,8 @@ def _facts(
   )
   return [
     steps,
-    f"{len(last.routers)} routers, {last.num_experts} experts, {k:.3g} a token",
+    f"{len(last.routers)} routers, {last.num_experts} experts, {k:.3g} a token"
+    + (" on average" if k % 1 else ""),
     f"{format_count(total.tokens)} tokens: {domains}",
   ]
 
@@ -207,25 +229,26 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "compared with the last one",
   )  # fmt: skip
   add(
-    "--data", action="append", default=[], metavar="NAME=FILE",
-    help="a kind of text and its file, folder or glob; repeat for each kind",
+    "--data", action="append", default=[], metavar="[NAME=]FILE",
+    help="a kind of text and its file, folder or glob; repeat for each kind. "
+    "Without NAME= it is called as the file is, up to the first dot",
   )  # fmt: skip
   add(
-    "--tokens", type=int, default=Plan.tokens, metavar="N",
+    "--tokens", type=whole_number, default=Plan.tokens, metavar="N",
     help="at most so many, as many of each kind (default: %(default)s)",
   )  # fmt: skip
   add("--output", metavar="DIR", help="where to write (default: RUN/analysis)")
   add(
-    "--min-count", type=int, default=10, metavar="N",
+    "--min-count", type=whole_number, default=10, metavar="N",
     help="occurrences that a token id needs (default: %(default)s)",
   )  # fmt: skip
   add(
-    "--sample", type=int, default=Plan.sample, metavar="N",
+    "--sample", type=whole_number, default=Plan.sample, metavar="N",
     help="tokens that all experts compute, to compare them (default: "
     "%(default)s)",
   )  # fmt: skip
   add(
-    "--batch-size", type=int, default=0, metavar="ROWS",
+    "--batch-size", type=whole_number, default=0, metavar="ROWS",
     help="rows at a time (default: what makes 4,096 tokens)",
   )  # fmt: skip
   parser.epilog = (

@@ -60,7 +60,7 @@ def saturation_chart(result: Saturation) -> Chart:
     "Router saturation: of the experts that a token has at the last "
     "checkpoint, the share that it has at an earlier one too; a line a layer. "
     "100 % is settled for good. Two routers that know nothing of each other "
-    "share k/E, the dashed line, k being the earlier one's."
+    "share k/E, the dashed line, k being the earlier one's mean over routers."
   )
   return Chart("saturation", title, note, draw, (FULL, 330), (348, 580))
 

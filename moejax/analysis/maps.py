@@ -20,6 +20,8 @@ from moejax.report.style import LIGHT, load_colour_map
 
 # Heat maps of experts show this many at most, those of the highest values.
 MAX_EXPERTS = 32
+# Bars of so many experts all have their number below.
+MAX_NUMBERED = 12
 
 
 def shown_routers(count: int, one: int | None = None) -> np.ndarray:
@@ -59,57 +61,138 @@ def co_activation_chart(result: CoActivation) -> Chart:
   note = (
     "Co-activation: of the tokens that expert i (row) gets, the share that "
     "expert j (column) gets as well. Experts chosen independently of one "
-    "another are at (k - 1)/(E - 1), the middle of the scale: blue pairs avoid "
-    "each other, orange ones work together."
+    f"another are at {_chance_of_pairs(result)}, the middle of the scale: blue "
+    "pairs avoid each other, orange ones work together."
   )
   if result.share_LEE.shape[-1] > MAX_EXPERTS:
     note += f" The {MAX_EXPERTS} experts with the strongest pairs."
   return Chart("co_activation", title, note, draw, (FULL, 430), (348, 980))
 
 
+def _chance_of_pairs(result: CoActivation) -> str:
+  """Its value, and how it is counted."""
+  others_L = result.chance_L * (result.share_LEE.shape[-1] - 1)
+  value = f"{100 * np.nanmean(result.chance_L):.3g}\u00a0%"
+  if np.allclose(others_L, round(np.nanmean(others_L)), rtol=1e-9):
+    return f"(k - 1)/(E - 1) = {value}"
+  return (
+    f"{value}, the mean over routers (counted from pairs: how many others the "
+    "token of an expert has on average, over E - 1; tokens of many experts "
+    "count for more than in the mean k)"
+  )
+
+
 def domain_chart(result: DomainSpecialisation) -> Chart:
   """Bars of experts: a row a domain, a column a layer."""
-  u, i, e = np.unravel_index(result.share_ULE.argmax(), result.share_ULE.shape)
-  shown = shown_routers(len(result.routers), int(i))
-  U, E = len(result.domains), result.share_ULE.shape[-1]
-  top = float(result.share_ULE[:, shown].max())
+  U, _, E = result.share_ULE.shape
+  u, i, e = _most_special(result)
+  shown = shown_routers(len(result.routers), i)
+  ticks = _ticks_over(float(result.share_ULE[:, shown].max()))
+  labels = [f"{100 * x:.3g}\u00a0%" for x in ticks]
 
   def draw(figure: Any, narrow: bool) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
     shape = (U * len(shown), 1) if narrow else (U, len(shown))
     axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey=True)
     places = [(row, layer) for row in range(U) for layer in shown]
     for ax, (row, layer) in zip(axes.flat, places):
-      share_E, chance = result.share_ULE[row, layer], result.chance_L[layer]
-      colours = [LIGHT["orange" if x > chance else "blue"] for x in share_E]
-      ax.bar(np.arange(E), share_E, color=colours, width=0.85)
-      ax.axhline(chance, color=LIGHT["ink"], linewidth=1.0,
-                 linestyle=(0, (4, 3)))  # fmt: skip
-      name = f"{result.domains[row]}, {result.routers[layer]}"
-      ax.set_title(name, loc="left", pad=3, color=LIGHT["soft"], fontsize=10.5)
-      ax.set_ylim(0, 1.05 * top)
-      ax.yaxis.set_major_locator(MaxNLocator(3))
-      ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-      ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+      _domain_bars(ax, result, row, layer)
+      ax.set_ylim(0, 1.02 * ticks[-1])
+      ax.set_yticks(ticks, labels)
+      if E <= MAX_NUMBERED:
+        ax.set_xticks(range(E))
+      else:
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
       ax.set_xlim(-0.6, E - 0.4)
     for ax in axes[-1]:
       ax.set_xlabel("expert", labelpad=2)
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(
+      handles, names, loc="outside upper left", ncol=1 if narrow else 2,
+      handlelength=2.2, columnspacing=1.6,
+    )  # fmt: skip
 
-  title = (
-    f"Expert {e} of {result.routers[i]} gets "
-    f"{percent(result.share_ULE[u, i, e])} of the tokens of "
-    f"{result.domains[u]}; uniform is {100 * result.chance_L[i]:.3g}\u00a0%"
-  )
   note = (
     "Domain specialisation: of each domain's tokens, the share that has the "
     "expert among its k. A router that takes no notice of the domain has the "
-    "same bars in each row; an even one has all at k/E, the dashed line."
+    f"same bars in each row; an even one has all at k/E{_mean_k(result)}, the "
+    "dashed line (orange bars are above it, blue ones below)."
   )
+  if U > 1:
+    note += (
+      " What an expert specialises in is told by how far its bar is from the "
+      "black mark, its own mean over domains; a bar that is as high in each "
+      "row is load."
+    )
   return Chart(
-    "domains", title, note, draw, (FULL, 60 + 105 * U),
-    (348, 60 + 92 * U * len(shown)),
+    "domains", _domain_title(result, u, i, e), note, draw,
+    (FULL, 84 + 105 * U), (348, 100 + 92 * U * len(shown)),
   )  # fmt: skip
+
+
+def _most_special(result: DomainSpecialisation) -> tuple[int, int, int]:
+  """Domain, router and expert that are furthest from the expert's mean.
+
+  Of one domain, those of the highest share.
+  """
+  far_ULE = np.abs(result.deviation_ULE)
+  if len(result.domains) == 1:
+    far_ULE = result.share_ULE
+  u, i, e = np.unravel_index(far_ULE.argmax(), far_ULE.shape)
+  return int(u), int(i), int(e)
+
+
+def _domain_title(result: DomainSpecialisation, u: int, i: int, e: int) -> str:
+  gets = (
+    f"Expert {e} of {result.routers[i]} gets "
+    f"{percent(result.share_ULE[u, i, e])} of the tokens of {result.domains[u]}"
+  )
+  if len(result.domains) == 1:
+    return (
+      f"{gets}, chance is {100 * result.chance_L[i]:.3g}\u00a0%; one domain "
+      "tells no specialisation from load"
+    )
+  return f"{gets}; its mean over domains is {percent(result.mean_LE[i, e])}"
+
+
+def _domain_bars(
+  ax: Any, result: DomainSpecialisation, row: int, layer: int
+) -> None:
+  """One domain and layer: bars, chance, and each expert's mean over domains."""
+  share_E, chance = result.share_ULE[row, layer], result.chance_L[layer]
+  experts = np.arange(len(share_E))
+  colours = [LIGHT["orange" if x > chance else "blue"] for x in share_E]
+  ax.bar(experts, share_E, color=colours, width=0.85)
+  low, high = (f"{100 * f(result.chance_L):.3g}" for f in (np.min, np.max))
+  values = high if low == high else f"{low} to {high}"
+  ax.axhline(
+    chance, color=LIGHT["ink"], linewidth=1.0, linestyle=(0, (4, 3)),
+    label=f"chance: k/E = {values}\u00a0%",
+  )  # fmt: skip
+  if len(result.domains) > 1:
+    ax.hlines(
+      result.mean_LE[layer], experts - 0.46, experts + 0.46,
+      color=LIGHT["ink"], linewidth=1.8, label="the expert's mean over domains",
+    )  # fmt: skip
+  name = f"{result.domains[row]}, {result.routers[layer]}"
+  ax.set_title(name, loc="left", pad=3, color=LIGHT["soft"], fontsize=10.5)
+
+
+def _ticks_over(top: float) -> np.ndarray:
+  """From 0 to 100 % at most, few; the highest bar is not above the last."""
+  from matplotlib.ticker import MaxNLocator
+
+  ticks = MaxNLocator(3, steps=[1, 2, 2.5, 4, 5, 10]).tick_values(0, top)
+  return ticks if ticks[-1] <= 1 else np.array([0.0, 0.5, 1.0])
+
+
+def _mean_k(result: DomainSpecialisation) -> str:
+  """Said where k is no whole number, or not the same in all layers."""
+  k_L = result.chance_L * result.share_ULE.shape[-1]
+  if np.allclose(k_L, round(k_L[0]), rtol=1e-9):
+    return ""
+  return " (k: the layer's mean number of experts a token)"
 
 
 def load_chart(result: Load) -> Chart:

@@ -50,7 +50,8 @@ class CoActivation:
     share_LEE: Co(i, j) = N(i and j) / N(i), over all pairs; NaN where i = j or
       i was never chosen.
     count_LE: N(i).
-    chance_L: (k - 1) / (E - 1), of experts chosen independently.
+    chance_L: (k - 1) / (E - 1), of experts chosen independently; where k
+      varies, pairs over N(i) and E - 1, the mean of k (k - 1) over that of k.
   """
 
   routers: tuple[str, ...]
@@ -77,6 +78,16 @@ class DomainSpecialisation:
   top_share_ULE: np.ndarray
   tokens_U: np.ndarray
   chance_L: np.ndarray
+
+  @property
+  def mean_LE(self) -> np.ndarray:
+    """Each expert's share of a domain, mean over domains: its load."""
+    return self.share_ULE.mean(0)
+
+  @property
+  def deviation_ULE(self) -> np.ndarray:
+    """What an expert has of a domain beyond its mean; 0 if there is one."""
+    return self.share_ULE - self.mean_LE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,12 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from moejax.analysis import lines, maps, measures
+from moejax.analysis import lines, maps, measures, vocabulary
 from moejax.analysis.similarities import Similarity
 from moejax.analysis.vocabulary import Columns
 from moejax.files import write_atomically
@@ -126,7 +126,8 @@ def render(found: Analysis, drawn: Callable[[], None] = lambda: None) -> str:
       drawn()
     body.append(f'<h2>{heading}</h2><div class="cards">{"".join(cards)}</div>')
     if name == "vocabulary" and found.tokens is not None:
-      body.append(_token_tables(found.tokens))
+      E = found.results["load"].load_MLE.shape[-1]
+      body.append(_token_tables(found.tokens, E))
   notes = "".join(f"<li>{escape(reason)}</li>" for reason in found.left_out)
   body.append(f"<h2>Left out</h2><ul>{notes}</ul>" if notes else "")
   footer = (
@@ -149,29 +150,44 @@ def write(found: Analysis, folder: pathlib.Path) -> list[pathlib.Path]:
   return paths
 
 
-def _token_tables(tokens: Columns) -> str:
+def _token_tables(tokens: Columns, num_experts: int) -> str:
   """A table for some layers and each kind of id, a row an expert."""
   routers = list(dict.fromkeys(tokens["router"].tolist()))
-  parts = [
-    '<p class="lead">The tokens of which each expert is most often the best '
-    "one, with their share; those of all layers are in the table of tokens."
-    "</p>"
-  ]
+  tables, shown = [], set()
   for i in maps.shown_routers(len(routers)):
     for kind, words in KIND_NAMES.items():
       mine = (tokens["router"] == routers[i]) & (tokens["kind"] == kind)
-      table = {key: column[mine] for key, column in tokens.items()}
-      rows = "".join(_expert_row(table, e) for e in np.unique(table["expert"]))
+      rows, number = "", 0
+      for expert in range(num_experts):
+        places = _above_chance(tokens, mine & (tokens["expert"] == expert))
+        rows += _expert_row(tokens, expert, places)
+        number += len(places)
+        shown.update(tokens["text"][places].tolist())
       title = f"{routers[i]}, by {words}"
-      parts.append(folded_table(title, f"{mine.sum()} tokens", rows))
-  return "".join(parts)
-
-
-def _expert_row(table: Mapping[str, np.ndarray], expert: int) -> str:
-  mine = np.flatnonzero(table["expert"] == expert)[:TOKENS_SHOWN]
-  cells = " ".join(
-    f'<code class="value">{escape(table["text"][i])}</code> '
-    f"{escape(percent(table['top_share'][i]))}"
-    for i in mine
+      tables.append(folded_table(title, f"{number} tokens", rows))
+  signs = vocabulary.legend(sorted(shown))
+  lead = (
+    "The tokens of which each expert is most often the best one, with the "
+    "share of their occurrences: only those above chance, which is 1/E "
+    f"({100 / num_experts:.3g}\u00a0%), or the expert's share of all "
+    f"tokens where that is more. {escape(signs)}{'. ' if signs else ''}"
+    "Tokens of all layers, and those below chance, are in the table "
+    "<code>tokens</code> beside this page."
   )
+  return f'<p class="lead">{lead}</p>{"".join(tables)}'
+
+
+def _above_chance(tokens: Columns, mine: np.ndarray) -> np.ndarray:
+  """Places of an expert's first tokens that it has more of than by chance."""
+  above = mine & (tokens["top_share"] > tokens["chance"])
+  return np.flatnonzero(above)[:TOKENS_SHOWN]
+
+
+def _expert_row(tokens: Columns, expert: int, places: np.ndarray) -> str:
+  cells = " ".join(
+    f'<code class="value">{escape(tokens["text"][i])}</code> '
+    f"{escape(percent(tokens['top_share'][i]))}"
+    for i in places
+  )
+  cells = cells or "none above chance"
   return f"<tr><td>expert&nbsp;{expert}</td><td>{cells}</td></tr>"

@@ -60,6 +60,16 @@ def write_json(path: pathlib.Path, record: dict[str, Any]) -> None:
   write_atomically(path, json.dumps(_plain(record), indent=1) + "\n")
 
 
+def read_domains(path: pathlib.Path) -> list[str]:
+  """Names of the text that a summary is of; none if it is another's file."""
+  try:
+    return list(
+      json.loads(path.read_text(encoding="utf-8"))["domains"]["domains"]
+    )
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return []
+
+
 def write_table(
   folder: pathlib.Path, name: str, table: Columns
 ) -> pathlib.Path:
@@ -127,7 +137,9 @@ def _(result: measures.DomainSpecialisation):
   return {
     "domains": result.domains, "tokens": result.tokens_U,
     "largest_share": result.share_ULE.max(-1),
-    "smallest_share": result.share_ULE.min(-1), "chance": result.chance_L,
+    "smallest_share": result.share_ULE.min(-1),
+    "largest_deviation": np.abs(result.deviation_ULE).max((0, 2)),
+    "chance": result.chance_L,
   }  # fmt: skip
 
 

@@ -18,8 +18,11 @@ Batch = dict[str, np.ndarray]
 def parse_domains(entries: Sequence[str]) -> dict[str, list[str]]:
   """Sources by domain of `NAME=SOURCE` or `SOURCE`, named after its file.
 
+  A file's name ends at its first dot.
+
   Raises:
-    ConfigError: there are none, or a name or a source is empty.
+    ConfigError: there are none, a name or a source is empty, or two have one
+      name: of two sources in turn, the second might never be reached.
   """
   if not entries:
     raise ConfigError(
@@ -33,7 +36,13 @@ def parse_domains(entries: Sequence[str]) -> dict[str, list[str]]:
       name, source = pathlib.PurePath(entry).name.partition(".")[0], entry
     if not name.strip() or not source:
       raise ConfigError(f"--data={entry} is not NAME=FILE")
-    domains.setdefault(name.strip(), []).append(source)
+    name = name.strip()
+    if name in domains:
+      raise ConfigError(
+        f"--data={entry}: domain {name} is {domains[name][0]} already; give it "
+        "another NAME=, or both as one folder or glob"
+      )
+    domains[name] = [source]
   return domains
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     if args.seed is not None:
       config = dataclasses.replace(config, seed=args.seed)
     recipe = Recipe(args.granularity, args.noise, args.noise_std)
-    upcycle(args.source, config, args.out, recipe, args.step)
+    upcycle(args.source, config, args.output, recipe, args.step)
     return 0
   if args.action == "from-hf":
     from_hf(args.source, args.target, args.dtype, args.tokenizer)
@@ -98,7 +98,9 @@ def _add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
   cli.add_config_arguments(parser)
   add = parser.add_argument
   add("source", help="folder of a run whose layers are all /mlp")
-  add("--out", required=True, metavar="DIR", help="folder of the run to make")
+  add(
+    "--output", required=True, metavar="DIR", help="folder of the run to make"
+  )
   add(
     "--granularity", type=int, default=Recipe.granularity, metavar="G",
     help="slices of the MLP's hidden channels; an expert is one of them "

@@ -219,7 +219,7 @@ def _require_free(target: Path) -> None:
   inside = sorted({path.name for path in target.iterdir()} - {LOCK_FILE})
   if inside:
     raise ConfigError(
-      f"--out={target} is not empty (it has {inside[0]}); use another folder"
+      f"--output={target} is not empty (it has {inside[0]}); use another folder"
     )
 
 

@@ -23,10 +23,10 @@ from moejax.routing import (
   RouterStats,
   Routing,
   balance,
-  check_routing,
   is_causal,
   resolve,
 )
+from moejax.routing.calling import call_router
 from moejax.routing.inputs import BIAS, asks_for, option, projections_of
 from moejax.routing.probe import probe
 
@@ -187,8 +187,8 @@ def route(
     asked[BIAS] = weights.bias_E
   keys = None if tokens.keys_BT is None else tokens.keys_BT.reshape(-1)
   logits_TE = project(weights.w_DE)
-  routing = router(logits_TE, tokens.mask_BT.reshape(-1), rng=keys, **asked)
-  routing = check_routing(routing, logits_TE, router, name)
+  mask_T = tokens.mask_BT.reshape(-1)
+  routing = call_router(router, name, logits_TE, mask_T, keys, asked)
   _check_experts_per_token(config, routing)
   if config.moe.dispatch == "padded" and keys is not None:
     _check_capacity(config, routing)

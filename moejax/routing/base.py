@@ -7,11 +7,14 @@ A router is a pure function
 
 in any importable file. `rng` holds one random key per token (shape [T]), or
 None when nothing may be random (evaluation, generation), so that noise does
-not depend on how a batch is split over devices or microbatches. What else a
-router may ask for, by the names of its parameters: `moejax.routing.inputs`.
+not depend on how a batch is split over devices or microbatches; a router that
+has no such parameter is called without it. What else a router may ask for, by
+the names of its parameters: `moejax.routing.inputs`.
 """
 
 import functools
+import inspect
+import os
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -23,6 +26,10 @@ from moejax.errors import ConfigError
 
 Array = jax.Array
 Router = Callable[..., "Routing"]
+
+
+class ChoiceError(ConfigError):
+  """What `from_token_choice` cannot take; who calls a router adds its name."""
 
 
 @flax.struct.dataclass
@@ -78,29 +85,39 @@ class Routing:
 
   @classmethod
   def from_token_choice(
-    cls, expert_TX: Array, weight_TX: Array, logits_TE: Array, mask_T: Array
+    cls,
+    expert_TX: Array,
+    weight_TX: Array,
+    logits_TE: Array,
+    mask_T: Array,
+    unused_TX: Array | None = None,
   ) -> Self:
     """Each token names its X experts; masked tokens go nowhere.
 
     Args:
-      expert_TX: integers below E.
+      expert_TX: integers below E; any where `unused_TX`.
       weight_TX: combine weight of each.
       logits_TE: as the router was given them.
       mask_T: as the router was given it.
+      unused_TX: bool, True for places that a token leaves empty on purpose:
+        they go nowhere, and do not count as dropped; None is for none.
 
     Raises:
       ConfigError: shapes that do not fit, or experts that are no integers.
     """
-    _check_choice(expert_TX, weight_TX, logits_TE)
+    _check_choice(expert_TX, weight_TX, logits_TE, mask_T, unused_TX)
     T, X = expert_TX.shape
     E = logits_TE.shape[-1]
-    expert_TX = jnp.where(mask_T[:, None], expert_TX, E)
-    weight_TX = jnp.where(mask_T[:, None], weight_TX, 0.0)
+    used_TX = mask_T[:, None] if unused_TX is None else ~unused_TX
+    used_TX &= mask_T[:, None]
+    expert_TX = jnp.where(used_TX, expert_TX, E)
+    weight_TX = jnp.where(used_TX, weight_TX, 0.0)
     return cls(
       token_A=jnp.repeat(jnp.arange(T, dtype=jnp.int32), X),
       expert_A=expert_TX.reshape(-1).astype(jnp.int32),
       weight_A=weight_TX.reshape(-1),
       logits_TE=logits_TE,
+      unused_A=None if unused_TX is None else unused_TX.reshape(-1),
       experts_per_token=X,
     )
 
@@ -125,18 +142,33 @@ class Routing:
     )
 
 
-def _check_choice(expert_TX, weight_TX, logits_TE) -> None:
+def _check_choice(expert_TX, weight_TX, logits_TE, mask_T, unused_TX) -> None:
   """What goes wrong most in a router of one's own, the arguments' order."""
-  shapes = f"experts {expert_TX.shape}, weights {weight_TX.shape}"
-  if expert_TX.shape != weight_TX.shape or expert_TX.ndim != 2:
-    raise ConfigError(
-      f"router: {shapes} for logits {logits_TE.shape}; both must be [T, X]"
+  order = (
+    "the order is from_token_choice(expert_TX, weight_TX, logits_TE, mask_T)"
+  )
+  T = logits_TE.shape[:1]
+  if logits_TE.ndim != 2 or mask_T.shape != T or mask_T.dtype != bool:
+    raise ChoiceError(
+      f"logits are {logits_TE.dtype} {logits_TE.shape} and the mask "
+      f"{mask_T.dtype} {mask_T.shape}, not [T, E] and bool [T]; {order}"
+    )
+  shape = expert_TX.shape
+  if shape != weight_TX.shape or len(shape) != 2 or shape[:1] != T:
+    raise ChoiceError(
+      f"experts {shape}, weights {weight_TX.shape} for logits "
+      f"{logits_TE.shape}; both must be [T, X]"
     )
   if not jnp.issubdtype(expert_TX.dtype, jnp.integer):
-    raise ConfigError(
-      f"router: experts are {expert_TX.dtype}, not integers; the order is "
-      "from_token_choice(expert_TX, weight_TX, logits_TE, mask_T), while "
+    raise ChoiceError(
+      f"experts are {expert_TX.dtype}, not integers; {order}, while "
       "jax.lax.top_k returns values first"
+    )
+  if unused_TX is None:
+    return
+  if unused_TX.shape != shape or unused_TX.dtype != bool:
+    raise ChoiceError(
+      f"unused_TX is {unused_TX.dtype} {unused_TX.shape}, not bool {shape}"
     )
 
 
@@ -202,5 +234,20 @@ def bare(router: Router) -> Router:
 
 def file_of(router: Router) -> str:
   """Where a person finds it."""
-  code = getattr(bare(router), "__code__", None)
-  return f"{code.co_filename}:{code.co_firstlineno}" if code else "a callable"
+  code = code_of(router)
+  return (
+    f"{short_path(code.co_filename)}:{code.co_firstlineno}"
+    if code
+    else "a callable"
+  )
+
+
+def code_of(router: Router) -> Any:
+  """The code of its function, also under `jax.jit`; None if it has none."""
+  return getattr(inspect.unwrap(bare(router)), "__code__", None)
+
+
+def short_path(path: str) -> str:
+  """A path as it is written in the working directory."""
+  here = os.path.join(os.getcwd(), "")
+  return path.removeprefix(here)

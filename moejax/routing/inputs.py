@@ -18,21 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.errors import ConfigError
-from moejax.routing.base import Router, bare
+from moejax.routing.base import Router, bare, file_of
 
 OF_TOKENS = ("token_T", "position_T")
 BIAS = "bias_E"
 
 
-def projects(**widths: str) -> Callable[[Router], Router]:
+def projects(**widths: str | int) -> Callable[[Router], Router]:
   """Gives a router further logits: one more learned matrix for each.
 
     @projects(noise_TE="num_experts")
     def noisy(logits_TE, mask_T, *, k, noise_TE, rng=None): ...
 
   Args:
-    **widths: for each parameter of the router, its last axis: "num_experts", or
-      the name of an option of the router.
+    **widths: for each parameter of the router, its last axis: "num_experts",
+      the name of an option of the router, or a number.
   """
 
   def mark(router: Router) -> Router:
@@ -46,23 +46,60 @@ def projections_of(router: Router, num_experts: int) -> dict[str, int]:
   """The width of each of a router's further logits.
 
   Raises:
-    ConfigError: a width that is no positive integer.
+    ConfigError: a width that is no positive integer, an option or a parameter
+      that the router does not have.
   """
   found = {}
   for name, width in _projections(router).items():
-    number = num_experts if width == "num_experts" else option(router, width)
+    _check_projection(router, name, width)
+    number, what = width, width
+    if width == "num_experts":
+      number = num_experts
+    elif isinstance(width, str):
+      number = option(router, width)
+    else:
+      what = name
     if type(number) is not int or number < 1:
       raise ConfigError(
-        f"model.moe.router: {width}={number!r} must be a positive integer"
+        f"model.moe.router: {what}={number!r} must be a positive integer"
       )
     found[name] = number
   return found
+
+
+def _check_projection(router: Router, name: str, width: str | int) -> None:
+  where = f"model.moe.router: {file_of(router)}: projects({name}={width!r})"
+  if not asks_for(router, name):
+    raise ConfigError(f"{where}: the router has no parameter {name}")
+  if width == "num_experts" or not isinstance(width, str):
+    return
+  if width not in (options := option_names(router)):
+    raise ConfigError(
+      f'{where}: no option {width}; use "num_experts", a number or one of its '
+      f"options: {', '.join(options) or 'none'}"
+    )
 
 
 def input_names(router: Router) -> list[str]:
   """Parameters that the model gives, of those that the router takes."""
   known = ("rng", BIAS, *OF_TOKENS, *_projections(router))
   return [name for name in known if asks_for(router, name)]
+
+
+def option_names(router: Router) -> list[str]:
+  """Parameters that a config gives."""
+  inputs = input_names(router)
+  parameters = inspect.signature(router).parameters.values()
+  return [
+    p.name for p in list(parameters)[2:]
+    if p.name not in inputs and p.kind is not p.VAR_KEYWORD
+  ]  # fmt: skip
+
+
+def takes_rng(router: Router) -> bool:
+  """Whether it has a place for keys, `**` of a function around it included."""
+  parameters = inspect.signature(router).parameters.values()
+  return any(p.name == "rng" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def asks_for(router: Router, name: str) -> bool:
@@ -97,5 +134,5 @@ def made_up_inputs(
   return inputs | {n: x for n, x in known.items() if asks_for(router, n)}
 
 
-def _projections(router: Router) -> dict[str, str]:
+def _projections(router: Router) -> dict[str, str | int]:
   return getattr(bare(router), "projections", {})

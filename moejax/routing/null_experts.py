@@ -48,10 +48,8 @@ def null_experts(
   total_T1 = weight_TX.sum(-1, keepdims=True)
   weight_TX /= jnp.where(total_T1 > 0, total_T1, 1.0)
   routing = Routing.from_token_choice(
-    jnp.where(true_TX, choice_TX, E), weight_TX, logits_TE, mask_T
+    choice_TX, weight_TX, logits_TE, mask_T, unused_TX=~true_TX
   )
   return routing.replace(
-    null_TN=null_TN,
-    counted_A=choice_TX.reshape(-1).astype(jnp.int32),
-    unused_A=~true_TX.reshape(-1),
+    null_TN=null_TN, counted_A=choice_TX.reshape(-1).astype(jnp.int32)
   )

@@ -5,6 +5,9 @@ What it returns is known only when it runs, and by then within a compiled
 program; so it is run once on made-up logits when the model is traced first.
 """
 
+import sys
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +17,13 @@ from moejax.routing.base import (
   Router,
   Routing,
   bare,
-  check_routing,
   file_of,
   is_causal,
 )
+from moejax.routing.calling import call_router
 from moejax.routing.inputs import (
   BIAS,
+  OF_TOKENS,
   asks_for,
   made_up_inputs,
   option,
@@ -28,6 +32,9 @@ from moejax.routing.inputs import (
 Array = jax.Array
 
 _TOKENS = 16
+# A hash leaves one of 512 experts out of 16 * 512 tokens once in 17,000 times.
+_TRIES = 16
+_FAVOR = 8.0
 _tried: set[tuple[Router, str, int]] = set()
 
 
@@ -47,7 +54,7 @@ def probe(router: Router, num_experts: int, name: str) -> None:
   """Runs a router in training and in evaluation, and looks at what it says.
 
   Once for each function, name and number of experts: a function that was edited
-  in a notebook is another one.
+  in a notebook is another one. Experts that it never chooses are a note.
 
   Args:
     router: with its options bound.
@@ -55,10 +62,10 @@ def probe(router: Router, num_experts: int, name: str) -> None:
     name: as the config writes it.
 
   Raises:
-    ConfigError: experts or tokens that do not exist, weights that are not
-      finite, shares that are none, more tokens than the capacity, padding that
-      is sent to experts, or choices that in evaluation depend on later tokens
-      without the mark `non_causal`.
+    ConfigError: an exception in it, experts or tokens that do not exist,
+      weights that are not finite, shares that are none, more tokens than the
+      capacity, padding that is sent to experts, or choices that in evaluation
+      depend on later tokens without the mark `non_causal`.
   """
   if (tried := (bare(router), name, num_experts)) in _tried:
     return
@@ -70,44 +77,79 @@ def probe(router: Router, num_experts: int, name: str) -> None:
 
 def _probe(router: Router, num_experts: int, name: str) -> None:
   where = f"router {name} ({file_of(router)})"
-  for training in (True, False):
-    first, mask_T = _run(router, num_experts, name, training, change=False)
-    _check_values(first, mask_T, num_experts, where)
-    if training or not is_causal(router):
-      continue
-    second, _ = _run(router, num_experts, name, training, change=True)
-    half = mask_T.shape[0] // 2
+  T = probe_tokens(router)
+  mask_T = np.arange(T) != 1
+  inputs = _inputs(router, num_experts, T, 0)
+  keys_T = jax.random.split(jax.random.key(0), T)
+  run = _compiled(router, name)
+  _check_values(run(inputs, mask_T, keys_T), mask_T, num_experts, where)
+  first = run(inputs, mask_T, None)
+  _check_values(first, mask_T, num_experts, where)
+  if is_causal(router):
+    others = _inputs(router, num_experts, T, 1)
+    second = run(_with_later_half(inputs, others), mask_T, None)
+    half = T // 2
     same = np.array_equal(_table(first)[:half], _table(second)[:half])
     if not same:
       raise ConfigError(
         f"{where}: choices for a token depend on later tokens; mark it with "
         "@moejax.routing.non_causal, and it is refused in generation"
       )
+  _note_unchosen(run, router, num_experts, where)
 
 
-def _run(
-  router: Router, E: int, name: str, training: bool, change: bool
-) -> tuple[Routing, np.ndarray]:
-  """A routing of made-up tokens, of which the later half may be changed."""
-  T = probe_tokens(router)
-  mask_T = np.arange(T) != 1
-  inputs = _inputs(router, E, T, 0)
-  if change:
-    later_T = jnp.arange(T) >= T // 2
-    others = _inputs(router, E, T, 1)
-    for key in inputs.keys() - {BIAS}:
-      x, other = inputs[key], others[key]
-      later = later_T.reshape(T, *[1] * (x.ndim - 1))
-      inputs[key] = jnp.where(later, other, x)
-  inputs["rng"] = jax.random.split(jax.random.key(0), T) if training else None
+def _compiled(
+  router: Router, name: str
+) -> Callable[[dict[str, Array], np.ndarray, Array | None], Routing]:
+  """Its routing, fetched, of inputs, a mask and keys or None."""
 
   @jax.jit
-  def run(inputs):
-    logits_TE = inputs.pop("logits_TE")
-    routing = router(logits_TE, jnp.asarray(mask_T), **inputs)
-    return check_routing(routing, logits_TE, router, name)
+  def run(inputs, mask_T, keys_T):
+    further = dict(inputs)
+    logits_TE = further.pop("logits_TE")
+    return call_router(router, name, logits_TE, mask_T, keys_T, further)
 
-  return jax.device_get(run(inputs)), mask_T
+  return lambda *args: jax.device_get(run(*args))
+
+
+def _with_later_half(
+  inputs: dict[str, Array], others: dict[str, Array]
+) -> dict[str, Array]:
+  """The inputs, those of the later tokens from others."""
+  found = dict(inputs)
+  for key in inputs.keys() - {BIAS}:
+    half = inputs[key].shape[0] // 2
+    found[key] = jnp.concatenate([inputs[key][:half], others[key][half:]])
+  return found
+
+
+def _note_unchosen(
+  run: Callable[..., Routing], router: Router, E: int, where: str
+) -> None:
+  """Says which experts it never chooses though logits favor each in turn."""
+  T = probe_tokens(router)
+  unchosen, tried = set(range(E)), 0
+  while unchosen and tried < _TRIES * E:
+    inputs = _inputs(router, E, T, 2 + tried)
+    token_T = tried + np.arange(T)
+    favored_TE = np.arange(E)[None] == token_T[:, None] % E
+    inputs["logits_TE"] += _FAVOR * favored_TE
+    for key in OF_TOKENS:  # each its own, as a choice may be by them alone
+      if key in inputs:
+        inputs[key] = jnp.asarray(token_T, jnp.int32)
+    routing = run(inputs, np.ones(T, bool), None)
+    unchosen -= set(routing.expert_A.tolist())
+    if routing.wanted_A is not None:
+      unchosen -= set(routing.wanted_A.tolist())
+    tried += T
+  if unchosen and jax.process_index() == 0:
+    first, more = sorted(unchosen)[:8], len(unchosen) - 8
+    which = ", ".join(map(str, first)) + (f" and {more} more" * (more > 0))
+    print(
+      f"note: {where} never chose expert {which} on {tried} made-up tokens "
+      f"that favor each in turn; experts are 0 to {E - 1}",
+      file=sys.stderr,
+    )
 
 
 def _inputs(router: Router, E: int, T: int, seed: int) -> dict[str, Array]:

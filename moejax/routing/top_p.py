@@ -42,10 +42,6 @@ def top_p(
     raise ConfigError(f"model.moe.router: p={p} is not in (0, 1]")
   weight_TX, expert_TX = jax.lax.top_k(jax.nn.softmax(logits_TE, axis=-1), k)
   before_TX = jnp.cumsum(weight_TX, axis=-1) - weight_TX
-  needed_TX = before_TX < p
-  E = logits_TE.shape[-1]
-  routing = Routing.from_token_choice(
-    jnp.where(needed_TX, expert_TX, E), jnp.where(needed_TX, weight_TX, 0.0),
-    logits_TE, mask_T,
-  )  # fmt: skip
-  return routing.replace(unused_A=~needed_TX.reshape(-1))
+  return Routing.from_token_choice(
+    expert_TX, weight_TX, logits_TE, mask_T, unused_TX=before_TX >= p
+  )

@@ -58,7 +58,7 @@ def _add_fit(commands: argparse._SubParsersAction) -> None:
     help="folder of a finished run, or a table (.csv, .json) with the columns "
     "active_params, tokens, loss and maybe flops, name",
   )  # fmt: skip
-  add("--out", required=True, metavar="DIR", help="where the results go")
+  add("--output", required=True, metavar="DIR", help="where the results go")
   add(
     "--budget", type=_numbers, default=[], metavar="FLOPS[,FLOPS]",
     help="compute to tell the optimal N and D of",
@@ -118,9 +118,9 @@ def _fit(args: argparse.Namespace) -> int:
   points = read_points(args.runs, args.count)
   with progress_bar("resampling", args.resamples, sys.stderr) as bar:
     fit = fit_points(points, args.count, args.resamples, args.seed, bar.advance)
-  write_results(fit, args.budget, Path(args.out))
+  write_results(fit, args.budget, Path(args.output))
   print(describe_fit(fit, args.budget))
-  print(f"\nnumbers and pictures: {args.out}")
+  print(f"\nnumbers and pictures: {args.output}")
   return 0
 
 
@@ -198,7 +198,7 @@ def _numbers(text: str) -> list[float]:
 
 
 def _resamples(text: str) -> int:
-  number = int(text)
+  number = cli.whole_number(text)
   if number < 20:
     raise argparse.ArgumentTypeError(f"{number} are too few; use 100 or more")
   return number

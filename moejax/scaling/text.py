@@ -120,7 +120,7 @@ def _optima(fit: ScalingFit, flops: float) -> list[str]:
 
 def _optimum(row: Optimum) -> str:
   loss = "" if row.loss is None else f"{row.loss.value:.3f}"
-  cells = f"{_counts(row.params):>23}{_counts(row.tokens):>23}{loss:>7}"
+  cells = f" {_counts(row.params):>22} {_counts(row.tokens):>22} {loss:>6}"
   return f"  {METHODS[row.method]:<20}{cells}{_reach(row.beyond):>14}".rstrip()
 
 
@@ -255,20 +255,20 @@ def _plain(estimates: dict[str, Estimate]) -> dict[str, Any]:
 
 def describe_points(points: list[PlannedPoint]) -> str:
   """One line a point of a sweep."""
-  width = max(len(p.name) for p in points) + 2
-  lines = [
-    f"{'point':<{width}}{'layers':>7}{'width':>7}{'active N':>10}"
-    f"{'tokens D':>10}{'D/N':>7}{'steps':>8}{'FLOPs':>10}{'6ND':>7}"
-    f"{'Hunyuan':>9}"
-  ]
+  rows = [(
+    "point", "layers", "width", "active N", "tokens D", "D/N", "steps", "FLOPs",
+    "6ND", "Hunyuan",
+  )]  # fmt: skip
   for p in points:
     model = p.config.model
-    lines.append(
-      f"{p.name:<{width}}{model.num_layers:>7}{model.d_model:>7}"
-      f"{format_count(p.active_params):>10}{format_count(p.tokens):>10}"
-      f"{p.tokens / p.active_params:>7.3g}{p.steps:>8}{scientific(p.flops):>10}"
-      f"{p.six_nd / p.flops:>7.2f}{p.hunyuan_large / p.flops:>9.2f}"
-    )
+    rows.append((
+      p.name, str(model.num_layers), str(model.d_model),
+      format_count(p.active_params), format_count(p.tokens),
+      format_count(p.tokens / p.active_params), str(p.steps),
+      scientific(p.flops), f"{p.six_nd / p.flops:.2f}",
+      f"{p.hunyuan_large / p.flops:.2f}",
+    ))  # fmt: skip
+  lines = _aligned(rows)
   lines += [
     "",
     "FLOPs: by the config's own count. 6ND and Hunyuan: 6 N D and",
@@ -281,3 +281,15 @@ def describe_points(points: list[PlannedPoint]) -> str:
     if p.budget == points[0].budget and not 1 / ODD_SHAPE < p.shape < ODD_SHAPE
   ]
   return "\n".join(lines)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+  """Lines of columns, two spaces apart; the first one is of names."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    "  ".join([
+      row[0].ljust(widths[0]),
+      *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:])),
+    ])
+    for row in rows
+  ]  # fmt: skip

@@ -13,7 +13,6 @@ from moejax.report.charts import (
   FULL,
   Chart,
   head_axis,
-  number,
   percent,
   reference_line,
   step_axes,
@@ -26,6 +25,7 @@ from moejax.sweep.compare import (
   PointResult,
   RunResult,
 )
+from moejax.sweep.table import headline
 
 HALF = (FULL - 54) // 2
 
@@ -46,7 +46,7 @@ def make_charts(comparison: Comparison) -> list[Chart]:
                   "The busiest expert's load", "Assignments of the busiest "
                   "expert over the fair share, of the worst layer", 1.0),
     router_curves(comparison, "router/dropped", "dropped",
-                  "Dropped assignments", "Share that found no room", 0.0),
+                  "Dropped assignments", "Share that went to no expert", 0.0),
     router_curves(comparison, "router/unrouted", "unrouted",
                   "Tokens without an expert", "Share of all tokens", 0.0),
   ]  # fmt: skip
@@ -65,13 +65,16 @@ def final_losses(comparison: Comparison) -> Chart | None:
     for row, point in enumerate(points):
       losses = np.array(list(point.losses.values()))
       colour, _ = _look(comparison, point.name)
+      bar = [comparison.placed(point)] * 2, [row - 0.3, row + 0.3]
+      if point.seeds_found:
+        ax.plot(*bar, color=colour, linewidth=5, solid_capstyle="butt")
+      ax.plot(*bar, color=LIGHT["card"] if point.seeds_found else colour,
+              linewidth=2.5, solid_capstyle="butt")  # fmt: skip
       ax.plot(losses, [row] * len(losses), "o", color=colour, alpha=0.75,
               markersize=5)  # fmt: skip
-      ax.plot([losses.mean()] * 2, [row - 0.3, row + 0.3], color=colour,
-              linewidth=2.5)  # fmt: skip
     if np.isfinite(base):
       ax.axvline(base, color=LIGHT["soft"], linewidth=1, linestyle=(0, (4, 3)))
-    ax.set_yticks(range(len(points)), [p.name for p in points])
+    ax.set_yticks(range(len(points)), [_label(p) for p in points])
     for label in ax.get_yticklabels():
       label.set_color(LIGHT["ink"])
     ax.invert_yaxis()
@@ -81,18 +84,28 @@ def final_losses(comparison: Comparison) -> Chart | None:
     del narrow
 
   what = "validation" if comparison.validated else "training"
-  best = points[0]
-  title = f"{best.name} ends lowest"
-  mean, error = comparison.difference(best)
-  if best.name != comparison.reference and np.isfinite(mean):
-    title += f", {number(-mean)} below {comparison.reference}"
-    title += f" (± {number(error)})" if np.isfinite(error) else ""
   height = max(216, 70 + 26 * len(points))
   return Chart(
-    "final-loss", title, f"Final {what} loss: a dot for each seed, a bar at "
-    f"their mean; the dashed line is {comparison.reference}.", draw,
+    "final-loss", headline(comparison), f"Final {what} loss: a dot for each "
+    "seed, a bar at their mean; the dashed line is "
+    f"{comparison.reference}.{_note_of_seeds(comparison)}", draw,
     (HALF, height), (348, height),
   )  # fmt: skip
+
+
+def _label(point: PointResult) -> str:
+  return ", ".join(filter(None, [point.name, point.seeds_found]))
+
+
+def _note_of_seeds(comparison: Comparison) -> str:
+  """What a hollow mark is; empty without one."""
+  if not any(p.losses and p.seeds_found for p in comparison.points):
+    return ""
+  base = comparison.reference
+  return (
+    f" Hollow: seeds are missing; the mean is then that of {base} plus the "
+    f"difference to {base} in the seeds there are."
+  )
 
 
 def loss_curves(comparison: Comparison) -> Chart | None:
@@ -156,10 +169,10 @@ def differences(comparison: Comparison) -> Chart | None:
 def loss_and_speed(comparison: Comparison) -> Chart | None:
   """Final loss over tokens per second."""
   found = [
-    (p, p.mean(lambda r: r.tokens_per_second), p.loss)
+    (p, p.mean(lambda r: r.tokens_per_second), comparison.placed(p))
     for p in comparison.points
-    if p.losses
   ]
+  found = [f for f in found if np.isfinite(f[1:]).all()]
   if len(found) < 2:
     return None
 
@@ -171,16 +184,18 @@ def loss_and_speed(comparison: Comparison) -> Chart | None:
     ax.set_ylim(y.min() - room, y.max() + room)
     for point, speed, loss in found:
       colour, _ = _look(comparison, point.name)
-      ax.plot(speed, loss, "o", color=colour, markersize=7,
-              gid=f"curve-{point.name}")  # fmt: skip
-    _name_at_side(ax, comparison, {p.name: (s, y) for p, s, y in found})
+      inside = LIGHT["card"] if point.seeds_found else colour
+      ax.plot(speed, loss, "o", color=colour, markersize=7, markeredgewidth=1.5,
+              markerfacecolor=inside, gid=f"curve-{point.name}")  # fmt: skip
+    _name_at_side(ax, comparison, [(p, (s, y)) for p, s, y in found])
     ax.set_xlabel("tokens per second")
     head_axis(ax, "final loss, nats per token")
     del narrow
 
   return Chart(
     "loss-speed", "Loss against speed", "Best is right and below. Speed is the "
-    "median step's; runs that were at work at once share the machine.", draw,
+    "median step's; runs that were at work at once share the machine."
+    f"{_note_of_seeds(comparison)}", draw,
     (HALF, max(216, 70 + 26 * len(found))), (348, 320),
   )  # fmt: skip
 
@@ -281,19 +296,22 @@ def _name_ends(
 
 
 def _name_at_side(
-  ax: Any, comparison: Comparison, points: dict[str, tuple[float, float]]
+  ax: Any,
+  comparison: Comparison,
+  points: list[tuple[PointResult, tuple[float, float]]],
 ) -> None:
   """Names in a column at the right, each with a thin line to its point."""
   low, high = ax.get_ylim()
-  order = sorted(points, key=lambda name: points[name][1])
+  order = sorted(points, key=lambda found: found[1][1])
   gap = (high - low) * 13.0 / (0.78 * ax.figure.bbox.height)
-  heights = np.array([points[name][1] for name in order])
-  for name, place in zip(order, spread(heights, gap, low, high)):
-    colour, _ = _look(comparison, name)
+  heights = np.array([y for _, (_, y) in order])
+  places = spread(heights, gap, low, high)
+  for (point, where), place in zip(order, places):
+    colour, _ = _look(comparison, point.name)
     ax.annotate(
-      name, points[name], (1.03, place), xycoords="data",
+      _label(point), where, (1.03, place), xycoords="data",
       textcoords=("axes fraction", "data"), va="center", color=colour,
-      fontsize=9.5, annotation_clip=False, gid=f"name-{name}",
+      fontsize=9.5, annotation_clip=False, gid=f"name-{point.name}",
       arrowprops={"arrowstyle": "-", "relpos": (0, 0.5), "color": colour,
                   "linewidth": 0.6, "alpha": 0.6, "shrinkA": 2, "shrinkB": 0},
     )  # fmt: skip

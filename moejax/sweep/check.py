@@ -2,45 +2,91 @@
 """Whether the points of a sweep can be built, before the first one runs."""
 
 import dataclasses
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import TextIO
 
 import jax
 
 from moejax import data as data_lib
 from moejax import runs
 from moejax.config import Config, ParallelConfig
-from moejax.errors import UserError
+from moejax.errors import DataError, UserError
 from moejax.models import build
 from moejax.progress import progress_bar
 from moejax.step import BATCH_KEYS, batch_sums, init_state
 from moejax.sweep.spec import PlannedRun, raise_wrong_points
 from moejax.train import load_tokenizer_of
 
+# Where frames of a traceback are nobody's own: packages, Python, this one.
+_NOT_ONES_OWN = (
+  *(f"{sysconfig.get_path(p)}/" for p in ("stdlib", "purelib", "platlib")),
+  f"{Path(jax.__file__).parents[1]}/",
+  f"{Path(runs.__file__).parent}/",
+  "<",
+)
 
-def check_points(planned: list[PlannedRun]) -> None:
+
+def check_points(
+  planned: list[PlannedRun],
+  data_may_lack: bool = False,
+  stream: TextIO | None = None,
+) -> list[str]:
   """Traces each point's model on a batch, and opens its data.
 
   On a CPU, whatever the runs are for: kernels of their platform are not asked
   for, and its devices are left to them.
 
+  Args:
+    planned: runs.
+    data_may_lack: whether data that is not prepared is but a line to print.
+    stream: where progress goes; None is stdout.
+
+  Returns:
+    Such lines.
+
   Raises:
     ConfigError: naming every point that cannot be built.
   """
   by_point = {run.point: run.config for run in planned}
-  wrong = {}
+  wrong: dict[str, str] = {}
+  notes: dict[str, None] = {}
+  cause: Exception | None = None
   opened: set[str] = set()
-  with progress_bar("checking points", len(by_point)) as bar:
+  with progress_bar("checking points", len(by_point), stream) as bar:
     for point, config in by_point.items():
       try:
         _trace(config)
         if repr(config.data) not in opened:
-          _open_data(config)
-          opened.add(repr(config.data))
+          try:
+            _open_data(config)
+            opened.add(repr(config.data))
+          except DataError as e:
+            if not data_may_lack:
+              raise
+            notes[f"note: {e}"] = None
         if config.train.init_from:
           runs.read_config(config.train.init_from)
       except UserError as e:
         wrong[point] = str(e)
+      except Exception as e:  # a router of one's own may raise anything
+        wrong[point], cause = said_of(e), cause or e
       bar.advance()
-  raise_wrong_points(wrong)
+  raise_wrong_points(wrong, cause)
+  return list(notes)
+
+
+def said_of(error: Exception) -> str:
+  """What went wrong and in which line of a person's own code, as one line."""
+  kind = type(error).__name__
+  if isinstance(error, SyntaxError):
+    return f"{kind}: {error.msg} ({error.filename}:{error.lineno})"
+  frames = traceback.extract_tb(error.__traceback__)
+  own = [f for f in frames if not f.filename.startswith(_NOT_ONES_OWN)]
+  where = (own or frames)[-1]
+  said = f"{kind}: {error}".splitlines()[0]
+  return f"{said} ({where.filename}:{where.lineno})"
 
 
 def _trace(config: Config) -> None:

@@ -3,14 +3,30 @@
 
 import argparse
 import dataclasses
+import difflib
 import sys
 from pathlib import Path
 
-from moejax.cli import make_importable
+from moejax.cli import make_importable, parse_overrides
 from moejax.errors import ConfigError
 from moejax.runlock import EXIT_SAVED
-from moejax.sweep.spec import PlannedRun, Sweep, load_sweep, plan_runs
-from moejax.sweep.state import DONE, check_same, read_state, to_do
+from moejax.sweep.spec import (
+  PlannedRun,
+  Sweep,
+  load_sweep,
+  plan_runs,
+  run_name,
+)
+from moejax.sweep.state import (
+  check_routers,
+  check_same,
+  has_begun,
+  how_far,
+  other_router,
+  other_settings,
+  read_state,
+  to_do,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -18,44 +34,68 @@ def main(argv: list[str]) -> int:
   args, extra = _parse(argv)
   if args.sweep is None or args.workdir is None:
     raise ConfigError("give --sweep=FILE.py and --workdir=DIR")
-  sweep = _narrowed(load_sweep(args.sweep), args)
+  whole = load_sweep(args.sweep)
+  sweep = _narrowed(whole, args)
   planned = plan_runs(sweep, extra)
   workdir = args.workdir.absolute()
   if args.jobs is not None and args.jobs < 1:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1")
+  if args.task is not None and not 0 <= args.task < len(planned):
+    raise ConfigError(f"--task={args.task} is not in [0, {len(planned) - 1}]")
+  _leave_accelerators_alone()
   if args.dry_run and not args.slurm:
     _list(sweep, planned, workdir)
-    return 0
+  chosen = planned if args.task is None else [planned[args.task]]
+  compared = _with_runs(whole, sweep, workdir)
+  every = plan_runs(compared, extra)
+  left = _checked(args, workdir, every, chosen)
   if args.slurm:
     return _slurm(args, extra, workdir, len(planned))
-  if args.task is not None:
-    if not 0 <= args.task < len(planned):
-      raise ConfigError(f"--task={args.task} is not in [0, {len(planned) - 1}]")
-  _leave_accelerators_alone()
-  check_same(workdir, planned)
-  stopped = False
-  chosen = planned if args.task is None else [planned[args.task]]
-  if not args.compare:
-    stopped = _run(workdir, chosen, args.jobs or 1)
-  if stopped:
-    print("stopped; the same command goes on", flush=True)
+  if args.dry_run:
+    return 0
+  if not args.compare and _run(workdir, chosen, left, args.jobs or 1):
+    print(
+      "stopped; the same command goes on, with --compare it draws the page of "
+      "what there is",
+      flush=True,
+    )
     return EXIT_SAVED
   missing = _missing(workdir, chosen)
-  _compare(sweep, planned, workdir, extra)
+  _compare(compared, every, workdir, extra)
   return missing
 
 
-def _run(workdir: Path, planned: list[PlannedRun], jobs: int) -> bool:
-  """Runs what is not done; True if it was stopped before the end."""
+def _checked(
+  args: argparse.Namespace,
+  workdir: Path,
+  every: list[PlannedRun],
+  chosen: list[PlannedRun],
+) -> list[PlannedRun]:
+  """The chosen runs that are to be made, all of which can be."""
   from moejax.sweep.check import check_points
+
+  # Nothing but the script is for a file.
+  stream = sys.stderr if args.slurm and args.dry_run else sys.stdout
+  check_same(workdir, every)
+  left = [] if args.compare else to_do(workdir, chosen)
+  notes = check_routers(workdir, every, left)
+  if left:
+    notes += check_points(left, args.dry_run, stream)
+  for note in notes:
+    print(note, file=stream, flush=True)
+  return left
+
+
+def _run(
+  workdir: Path, chosen: list[PlannedRun], left: list[PlannedRun], jobs: int
+) -> bool:
+  """Runs what is not done; True if it was stopped before the end."""
   from moejax.sweep.schedule import run_all
 
-  left = to_do(workdir, planned)
   if not left:
-    print(f"all {len(planned)} runs are done", flush=True)
+    print(f"all {len(chosen)} runs are done", flush=True)
     return False
-  check_points(left)
-  done = len(planned) - len(left)
+  done = len(chosen) - len(left)
   print(
     f"{len(left)} runs{f', {done} more are done' if done else ''}, "
     f"{jobs} at a time, in {workdir}",
@@ -80,21 +120,30 @@ def _compare(
 
 def _missing(workdir: Path, planned: list[PlannedRun]) -> int:
   """1 if runs are not done, and which and why."""
-  states = {r.name: read_state(workdir / r.name) for r in planned}
-  missing = {n: s for n, s in states.items() if s.state != DONE}
-  for name, state in missing.items():
-    said = f": {state.message}" if state.message else ""
-    print(f"{name}: {state.state}{said}", file=sys.stderr)
+  missing = to_do(workdir, planned)
+  for run in missing:
+    message = read_state(workdir / run.name).message
+    said = f": {message}" if message else ""
+    print(f"{run.name}: {how_far(workdir, run)}{said}", file=sys.stderr)
   return 1 if missing else 0
 
 
 def _list(sweep: Sweep, planned: list[PlannedRun], workdir: Path) -> None:
   print(f"{sweep.title}\n{len(sweep.points)} points, {len(planned)} runs")
-  for number, run in enumerate(planned):
+  states = [_listed_state(workdir, run) for run in planned]
+  width = max(8, *map(len, states))
+  for number, (run, state) in enumerate(zip(planned, states)):
     options = {**sweep.points[run.point], "seed": run.seed}
     said = ", ".join(f"{k}={v}" for k, v in options.items())
-    state = read_state(workdir / run.name).state
-    print(f"{number:>4}  {run.name:<28} {state:<8} {said}")
+    print(f"{number:>4}  {run.name:<28} {state:<{width}} {said}")
+
+
+def _listed_state(workdir: Path, run: PlannedRun) -> str:
+  if other_settings(workdir, run):
+    return "other settings"
+  if other_router(workdir, run):
+    return "other router file"
+  return how_far(workdir, run)
 
 
 def _slurm(
@@ -139,6 +188,27 @@ def _narrowed(sweep: Sweep, args: argparse.Namespace) -> Sweep:
   return sweep
 
 
+def _with_runs(whole: Sweep, chosen: Sweep, workdir: Path) -> Sweep:
+  """What is compared: the chosen points and seeds, and those that have runs.
+
+  Of the file's; its baseline is always among them.
+  """
+  seeds = list(dict.fromkeys([*whole.seeds, *chosen.seeds]))
+  begun = {
+    (point, seed)
+    for point in whole.points
+    for seed in seeds
+    if has_begun(workdir / run_name(point, seed))
+  }
+  points = {*chosen.points, whole.reference, *(point for point, _ in begun)}
+  kept = {*chosen.seeds, *(seed for _, seed in begun)}
+  return dataclasses.replace(
+    whole,
+    points={n: o for n, o in whole.points.items() if n in points},
+    seeds=tuple(seed for seed in seeds if seed in kept),
+  )
+
+
 def _leave_accelerators_alone() -> None:
   """They are for the runs' own processes."""
   import jax
@@ -171,4 +241,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
       help="sbatch's own: partition, gpus, time")  # fmt: skip
   add("--task", metavar="I", type=int, help="run the I-th run only, as a task "
       "of an array does")  # fmt: skip
-  return parser.parse_known_args(argv)
+  args, extra = parser.parse_known_args(argv)
+  _check_further(extra, [f"--{name.replace('_', '-')}" for name in vars(args)])
+  return args, extra
+
+
+def _check_further(extra: list[str], known: list[str]) -> None:
+  """Whether they are options of a config, once rather than for each point."""
+  words = iter(extra)
+  for word in words:
+    if word.startswith("--config."):
+      if "=" not in word:
+        next(words, None)
+    elif near := difflib.get_close_matches(word.partition("=")[0], known, 1):
+      raise ConfigError(f"unknown argument {word!r}; did you mean {near[0]}?")
+  parse_overrides(extra)

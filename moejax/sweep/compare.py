@@ -57,7 +57,7 @@ class RunResult:
   @property
   def training_loss(self) -> float:
     """Mean of the last tenth of the steps, once it has finished; else NaN."""
-    return self.late(LOSS) if self.finished else float("nan")
+    return self.late(LOSS)
 
   @property
   def num_steps(self) -> int:
@@ -65,12 +65,15 @@ class RunResult:
 
   @property
   def tokens_per_second(self) -> float:
-    """The median step's, so that compiling and saving do not count."""
+    """The median step's, so that compiling and saving do not count.
+
+    NaN of a run that has not finished, as all that is measured.
+    """
     return self._median("tokens_per_second")
 
   def late(self, key: str) -> float:
-    """Mean of a training metric over the last tenth of the steps so far."""
-    if self.data is None or key not in self.data.metrics:
+    """Mean of a training metric over the last tenth of a finished run."""
+    if not self.finished or key not in self.data.metrics:
       return float("nan")
     values = self.data.metrics[key]
     last = values[-max(1, len(values) // 10) :]
@@ -82,7 +85,7 @@ class RunResult:
     return float("nan") if self.data is None else float(self.data.record[name])
 
   def _median(self, key: str) -> float:
-    table = Table.of([]) if self.data is None else self.data.timing
+    table = self.data.timing if self.finished else Table.of([])
     if key not in table or not len(table[key]):
       return float("nan")
     return float(np.median(table[key]))
@@ -115,6 +118,12 @@ class PointResult:
   def loss(self) -> float:
     """Mean of the final losses; NaN without any."""
     return mean_and_error(np.array(list(self.losses.values())))[0]
+
+  @property
+  def seeds_found(self) -> str:
+    """`k/n seeds` of a point that lacks some; else empty."""
+    found, wanted = len(self.losses), len(self.runs)
+    return f"{found}/{wanted} seeds" if found < wanted else ""
 
   @property
   def looks_ahead(self) -> bool:
@@ -170,15 +179,20 @@ class Comparison:
     return sorted(self.points, key=key)
 
   def difference(self, point: PointResult) -> tuple[float, float]:
-    """Mean and standard error of a point's loss minus the reference's.
+    """Mean and standard error of a point's loss minus the reference's."""
+    return by_seed(point, self.point(self.reference))
 
-    By seed: runs of one seed see the same batches, so what the data does to
-    both cancels. The error is NaN of fewer than two seeds.
+  def placed(self, point: PointResult) -> float:
+    """A mean loss to hold against other points', also if seeds are missing.
+
+    The reference's mean plus the difference by seed: a point whose only seed is
+    an easy one is not better for it. NaN if none of its seeds has a loss of the
+    reference. Without any such loss, the mean itself.
     """
-    base = self.point(self.reference).losses
-    both = sorted(set(base) & set(point.losses))
-    differences = np.array([point.losses[s] - base[s] for s in both])
-    return mean_and_error(differences)
+    base = self.point(self.reference).loss
+    if not np.isfinite(base):
+      return point.loss
+    return base + self.difference(point)[0]
 
   def steps_to_equal(self, point: PointResult) -> float:
     """After which share of the steps the reference's last loss was reached.
@@ -189,6 +203,18 @@ class Comparison:
     base = {r.planned.seed: r for r in self.point(self.reference).runs}
     shares = [_share(run, base[run.planned.seed]) for run in point.runs]
     return float(np.mean(shares)) if shares else float("nan")
+
+
+def by_seed(point: PointResult, base: PointResult) -> tuple[float, float]:
+  """Mean and standard error of a point's loss minus another's, by seed.
+
+  Of the seeds that both have. Runs of one seed see the same batches, so what
+  the data does to both cancels. The error is NaN of fewer than two seeds.
+  """
+  both = sorted(set(base.losses) & set(point.losses))
+  return mean_and_error(
+    np.array([point.losses[s] - base.losses[s] for s in both])
+  )
 
 
 def _share(run: RunResult, base: RunResult) -> float:

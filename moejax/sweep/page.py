@@ -11,8 +11,8 @@ from moejax.report import pictures
 from moejax.report.page import card, document, escape
 from moejax.sweep.charts import COLOURS, make_charts
 from moejax.sweep.compare import Comparison, PointResult
-from moejax.sweep.state import DONE
-from moejax.sweep.table import cell, columns, footnote
+from moejax.sweep.state import DONE, how_far
+from moejax.sweep.table import cell, columns, footnote, order_note
 
 PAGE = "index.html"
 
@@ -29,7 +29,7 @@ def write_page(comparison: Comparison, workdir: Path) -> Path:
     f'<p class="facts">{_facts(comparison)}</p>',
     _table(comparison, workdir),
     f'<div class="cards">{"".join(card(chart) for chart in charts)}</div>',
-    _failures(comparison),
+    _failures(comparison, workdir),
     _options(comparison),
   ]
   footer = "Written by <code>moejax sweep</code> from the logs of its runs."
@@ -78,9 +78,10 @@ def _table(comparison: Comparison, workdir: Path) -> str:
     f'<thead><tr><th tabindex="0">point</th>{heads}<th class="number" '
     'tabindex="0">runs</th></tr></thead>'
     f"<tbody>{rows}</tbody></table></div>"
-    '<p class="note">Best final loss first; a click on a heading sorts, '
-    "pointing at a row picks out its curves. <code>moejax report"
-    " POINT/seed_N</code> draws one run, <code>moejax sweep --compare</code> "
+    f'<p class="note">{escape(order_note(comparison))} A click on a heading '
+    "sorts otherwise, pointing at a row picks out its curves. "
+    "<code>moejax report POINT/seed_N</code> draws one run, "
+    "<code>moejax sweep --compare</code> "
     f"then links it here.</p>{star}"
     f"<details><summary>What the columns are</summary><ul>{notes}</ul>"
     "</details></section>"
@@ -115,11 +116,12 @@ def _row(
   )
 
 
-def _failures(comparison: Comparison) -> str:
+def _failures(comparison: Comparison, workdir: Path) -> str:
   """What failed and why; nothing if nothing did."""
   rows = "".join(
     f"<tr><td><code>{escape(run.planned.name)}</code></td>"
-    f"<td>{escape(run.state.state)}</td><td>{escape(run.state.message)}</td></tr>"
+    f"<td>{escape(how_far(workdir, run.planned))}</td>"
+    f"<td>{escape(run.state.message)}</td></tr>"
     for point in comparison.points
     for run in point.runs
     if run.state.state != DONE

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs in turn, or a few at a time, until all are done or someone stops it."""
 
+import dataclasses
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
@@ -10,7 +11,14 @@ from moejax.metrics import METRICS, last_step
 from moejax.progress import ProgressBar, format_seconds, progress_bar
 from moejax.runlock import PreemptionGuard
 from moejax.sweep.spec import PlannedRun
-from moejax.sweep.state import DONE, FAILED, WAITING, RunState, write_state
+from moejax.sweep.state import (
+  DONE,
+  FAILED,
+  WAITING,
+  RunState,
+  read_state,
+  write_state,
+)
 from moejax.sweep.worker import LOG, Worker, places
 
 _LOOK_EVERY = 1.0  # seconds
@@ -73,8 +81,12 @@ def _record(
   workdir: Path, run: PlannedRun, state: RunState, say: Callable[[str], None]
 ) -> None:
   if state.state == WAITING:
-    say(f"{run.name}: stopped, saved")
+    step = last_step(workdir / run.name / METRICS)
+    say(f"{run.name}: stopped at {step}/{run.config.train.num_steps}, saved")
     return
+  if state.router_files is None:  # its process died: what it began with
+    files = read_state(workdir / run.name).router_files
+    state = dataclasses.replace(state, router_files=files)
   write_state(workdir / run.name, state)
   took = format_seconds(state.seconds)
   if state.state == DONE:

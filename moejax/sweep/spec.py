@@ -97,7 +97,12 @@ class PlannedRun:
 
   @property
   def name(self) -> str:
-    return f"{self.point}/seed_{self.seed}"
+    return run_name(self.point, self.seed)
+
+
+def run_name(point: str, seed: int) -> str:
+  """The folder of a run, below that of its sweep."""
+  return f"{point}/seed_{seed}"
 
 
 def grid(
@@ -178,7 +183,9 @@ def plan_runs(sweep: Sweep, extra_args: Sequence[str] = ()) -> list[PlannedRun]:
   return runs
 
 
-def raise_wrong_points(wrong: Mapping[str, str]) -> None:
+def raise_wrong_points(
+  wrong: Mapping[str, str], cause: Exception | None = None
+) -> None:
   """One error for all points that cannot be built, if there are any."""
   if not wrong:
     return
@@ -187,7 +194,9 @@ def raise_wrong_points(wrong: Mapping[str, str]) -> None:
     by_reason.setdefault(said, []).append(point)
   lines = "; ".join(f"{', '.join(p)}: {said}" for said, p in by_reason.items())
   number = "a point" if len(wrong) == 1 else f"{len(wrong)} points"
-  raise ConfigError(f"{number} cannot be built, nothing was started. {lines}")
+  raise ConfigError(
+    f"{number} cannot be built, nothing was started. {lines}"
+  ) from cause
 
 
 def _config(

@@ -3,6 +3,8 @@
 
 import dataclasses
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from moejax import runs
 from moejax.config import differences
 from moejax.errors import ConfigError, UserError
 from moejax.files import write_atomically
+from moejax.metrics import METRICS, last_step
+from moejax.runlock import LOCK_FILE, PATIENCE, process_start
+from moejax.sweep.sources import changed_files
 from moejax.sweep.spec import PlannedRun
 
 FILE = "sweep_state.json"
@@ -26,18 +31,24 @@ class RunState:
     state: done, failed or waiting (not started, or killed on the way).
     message: why it failed, one line.
     seconds: wall time of the last attempt.
+    router_files: SHA-256 by module, from `sources.router_files`; None where an
+      older version has not written it.
   """
 
   state: str
   message: str = ""
   seconds: float = 0.0
+  router_files: dict[str, str] | None = None
 
 
 def read_state(folder: Path) -> RunState:
   """The state of the run in a folder; waiting if nothing says otherwise."""
   try:
     values = json.loads((folder / FILE).read_text())
-    return RunState(values["state"], values["message"], values["seconds"])
+    files = values["router_files"] if "router_files" in values else None
+    return RunState(
+      values["state"], values["message"], values["seconds"], files
+    )
   except (FileNotFoundError, NotADirectoryError):
     return RunState(WAITING)
   except (OSError, ValueError, KeyError, TypeError) as e:
@@ -61,9 +72,36 @@ def write_state(folder: Path, state: RunState) -> None:
     raise UserError(f"cannot write {folder / FILE}: {e.strerror or e}") from e
 
 
+def has_begun(folder: Path) -> bool:
+  """Whether there is a run in it, however far it is."""
+  return any((folder / name).is_file() for name in (FILE, "config.json"))
+
+
 def to_do(workdir: Path, planned: list[PlannedRun]) -> list[PlannedRun]:
   """The runs that are not done."""
   return [r for r in planned if read_state(workdir / r.name).state != DONE]
+
+
+def how_far(workdir: Path, run: PlannedRun) -> str:
+  """The state of a run for a person to read."""
+  state = read_state(workdir / run.name).state
+  step = last_step(workdir / run.name / METRICS)
+  if state != WAITING or not step:
+    return state
+  verb = "at work," if _is_held(workdir / run.name) else "stopped at"
+  return f"{verb} {step}/{run.config.train.num_steps}"
+
+
+def _is_held(folder: Path) -> bool:
+  """Whether a process trains in it, as far as can be told from its lock."""
+  try:
+    holder = json.loads((folder / LOCK_FILE).read_text())
+    touched = (folder / LOCK_FILE).stat().st_mtime
+  except (OSError, ValueError):
+    return False  # a lock that was given back is empty
+  if holder["host"] != socket.gethostname():
+    return time.time() - touched < PATIENCE
+  return process_start(holder["pid"]) == holder["process_start"]
 
 
 def check_same(workdir: Path, planned: list[PlannedRun]) -> None:
@@ -73,15 +111,61 @@ def check_same(workdir: Path, planned: list[PlannedRun]) -> None:
     ConfigError: a folder that has a run of other settings.
   """
   for run in planned:
-    if (workdir / run.name / "config.json").is_file():
-      _check_same(workdir / run.name, run)
+    if changed := other_settings(workdir, run):
+      raise ConfigError(
+        f"{workdir / run.name} has a run of other settings "
+        f"({'; '.join(changed[:3])}); use another --workdir, or remove that "
+        "folder"
+      )
 
 
-def _check_same(folder: Path, run: PlannedRun) -> None:
+def other_settings(workdir: Path, run: PlannedRun) -> list[str]:
+  """How the settings of the run in the folder differ; empty without one."""
+  folder = workdir / run.name
+  if not (folder / "config.json").is_file():
+    return []
   before: dict[str, Any] = runs.read_config(folder).to_dict()
-  changed = differences(before, run.config.to_dict())
-  if changed:
+  return differences(before, run.config.to_dict())
+
+
+def check_routers(
+  workdir: Path, planned: list[PlannedRun], left: list[PlannedRun]
+) -> list[str]:
+  """Whether routers are still what runs in the folder were made with.
+
+  Args:
+    workdir: the sweep's folder.
+    planned: runs that will be compared.
+    left: those of them that are to be made.
+
+  Returns:
+    Lines to print: runs that will be compared as they are.
+
+  Raises:
+    ConfigError: a point would have runs of two routers, or one run of both.
+  """
+  points = {run.point for run in left}
+  refused: dict[str, list[str]] = {}
+  noted: dict[str, list[str]] = {}
+  for run in planned:
+    for file in other_router(workdir, run):
+      found = refused if run.point in points else noted
+      found.setdefault(file, []).append(run.name)
+  for file, names in refused.items():
     raise ConfigError(
-      f"{folder} has a run of other settings ({'; '.join(changed[:3])}); use "
-      "another --workdir, or remove that folder"
+      f"{', '.join(names)} in {workdir}: made with another {file} than the one "
+      "there now; put that file back, use another --workdir, or remove "
+      f"{'that folder' if len(names) == 1 else 'those folders'}"
     )
+  return [
+    f"note: {', '.join(names)}: made with another {file} than the one there now"
+    for file, names in noted.items()
+  ]
+
+
+def other_router(workdir: Path, run: PlannedRun) -> list[str]:
+  """Files of its router that have changed since the run's first step."""
+  files = read_state(workdir / run.name).router_files
+  if not files or not last_step(workdir / run.name / METRICS):
+    return []
+  return changed_files(files)

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from moejax.files import write_atomically
 from moejax.progress import format_count
-from moejax.sweep.compare import Comparison, PointResult, mean_and_error
+from moejax.report.charts import number
+from moejax.sweep.compare import (
+  Comparison,
+  PointResult,
+  by_seed,
+  mean_and_error,
+)
 
 TABLE, NUMBERS = "comparison.md", "comparison.json"
 
@@ -43,7 +49,7 @@ def columns(comparison: Comparison) -> list[Column]:
     ),
     Column(
       "tokens_per_second", "tokens/s", "median step's tokens per second, mean "
-      "over seeds", lambda c, p: p.mean(lambda r: r.tokens_per_second),
+      "over finished runs", lambda c, p: p.mean(lambda r: r.tokens_per_second),
       "{:,.0f}".format,
     ),
     _router(
@@ -60,8 +66,8 @@ def columns(comparison: Comparison) -> list[Column]:
       "mean number of experts that see a token", "{:.2f}".format,
     ),
     _router(
-      "router/dropped", "dropped", "share of assignments that found no room",
-      "{:.1%}".format,
+      "router/dropped", "dropped", "share of assignments that went to no "
+      "expert", "{:.1%}".format,
     ),
     _router(
       "router/unrouted", "unrouted", "share of tokens that no expert sees",
@@ -107,6 +113,39 @@ def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
   return f"{text} ± {error:.4f}" if math.isfinite(error) else text
 
 
+def headline(comparison: Comparison) -> str:
+  """Who ends lowest, in as many words as the numbers bear."""
+  best, *others = [point for point in comparison.ranked() if point.losses]
+  if not others:
+    return f"{best.name} ends at {best.loss:.4g}"
+  second = others[0]
+  mean, error = by_seed(second, best)
+  if not math.isfinite(mean):
+    return f"Lowest: {best.name}; no seed in common with {second.name}"
+  if not math.isfinite(error):
+    return f"Lowest: {best.name}, in a single seed"
+  if mean <= 2 * error:
+    return (
+      f"Lowest: {best.name}, less than two standard errors below {second.name}"
+    )
+  title = f"{best.name} ends lowest"
+  mean, error = comparison.difference(best)
+  if best.name != comparison.reference and math.isfinite(mean):
+    title += f", {number(-mean)} below {comparison.reference}"
+    title += f" (± {number(error)})" if math.isfinite(error) else ""
+  return title
+
+
+def order_note(comparison: Comparison) -> str:
+  """By what rows are sorted, and what that makes of missing seeds."""
+  said = f"Sorted by the difference to {comparison.reference}, seed by seed"
+  if not comparison.point(comparison.reference).losses:
+    said = f"Sorted by final loss, as {comparison.reference} has none"
+  if any(point.seeds_found for point in comparison.points):
+    return f"{said}; a final loss is the mean of the seeds there are."
+  return f"{said}."
+
+
 def as_rows(comparison: Comparison) -> list[list[str]]:
   """Heading and a row a point, best first."""
   shown = columns(comparison)
@@ -139,8 +178,8 @@ def as_text(comparison: Comparison) -> str:
     ).rstrip()
     for row in rows
   ]
-  note = footnote(comparison)
-  return "\n".join([comparison.title, *lines, *([note] if note else [])])
+  notes = filter(None, [order_note(comparison), footnote(comparison)])
+  return "\n".join([comparison.title, *lines, *notes])
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -148,9 +187,10 @@ def as_markdown(comparison: Comparison) -> str:
   first, *rest = as_rows(comparison)
   line = lambda cells: f"| {' | '.join(cells)} |"
   rule = "|".join(["", "---", *["---:"] * (len(first) - 1), ""])
-  note = footnote(comparison).replace("*", "\\*")
-  lines = [line(first), rule, *map(line, rest)]
-  return "\n".join(lines + (["", note] if note else [])) + "\n"
+  lines = [line(first), rule, *map(line, rest), "", order_note(comparison)]
+  if note := footnote(comparison).replace("*", "\\*"):
+    lines += ["", note]
+  return "\n".join(lines) + "\n"
 
 
 def write_tables(comparison: Comparison, workdir: Path) -> None:
@@ -197,7 +237,8 @@ def _difference(comparison: Comparison, point: PointResult) -> float:
 
 def _router(key: str, heading: str, note: str, write) -> Column:
   return Column(
-    key, heading, f"{note}; mean over the last tenth of the steps",
+    key, heading, f"{note}; mean over the last tenth of the steps, of finished "
+    "runs",
     lambda c, p: p.mean(lambda run: run.late(key)), write,
   )  # fmt: skip
 

@@ -16,8 +16,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.sweep.sources import router_files
 from moejax.sweep.spec import PlannedRun
-from moejax.sweep.state import DONE, FAILED, WAITING, RunState
+from moejax.sweep.state import (
+  DONE,
+  FAILED,
+  WAITING,
+  RunState,
+  write_state,
+)
 
 LOG = "log.txt"
 
@@ -124,7 +131,13 @@ def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
       run = connection.recv()
     except (EOFError, OSError):
       return
-    connection.send(_attempt(run, workdir / run.name))
+    state = _attempt(run, workdir / run.name)
+    try:
+      connection.send(state)
+    except OSError:  # the sweep was killed: nobody else will write it down
+      if state.state != WAITING:
+        write_state(workdir / run.name, state)
+      return
 
 
 def _prepare(workdir: Path, place: dict[str, str]) -> None:
@@ -144,6 +157,7 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
   folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   state, message = DONE, ""
+  files = None
   with open(folder / LOG, "ab", buffering=0) as log:
     for stream in (sys.stdout, sys.stderr):
       stream.flush()
@@ -151,6 +165,9 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
     os.dup2(log.fileno(), 2)
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {run.name}", flush=True)
     try:
+      files = router_files(run.config)
+      # Now: of a run that is killed, this is all there will be.
+      write_state(folder, RunState(WAITING, router_files=files))
       # A page takes seconds; `moejax report` draws those that are wanted.
       if train(run.config, folder, report=False):
         state = WAITING
@@ -162,7 +179,7 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
       traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
       stream.flush()
-  return RunState(state, message, time.monotonic() - start)
+  return RunState(state, message, time.monotonic() - start, files)
 
 
 def _end_with_parent() -> None:

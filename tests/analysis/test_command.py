@@ -12,6 +12,7 @@ import pytest
 from moejax import analysis
 from moejax.__main__ import main
 from moejax.analysis import page, results, text
+from moejax.cli import whole_number
 from moejax.errors import ConfigError
 from moejax.report.style import new_figure, plot_style
 from tests.analysis.small_model import E, make_run, make_texts
@@ -55,7 +56,7 @@ def trained(tmp_path_factory, shared_data):
     assert done.returncode == 0, done.stderr
   done = moejax(
     place, "analyze", "run:all", "--data=papers=text/arxiv.txt",
-    "--data=text/wikipedia.txt", "--tokens=8000", "--min-count=5",
+    "--data=text/wikipedia.txt", "--tokens=8e3", "--min-count=5",
     "--sample=32",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
@@ -181,6 +182,31 @@ def test_a_page_over_another_leaves_nothing_of_that_one(
   }  # fmt: skip
 
 
+def test_a_page_of_other_domains_is_replaced_with_a_note(
+  tmp_path, capsys, monkeypatch
+):
+  """And is called by its sweep's point too, if its folder is a seed's."""
+  make_texts(tmp_path)
+  make_run(tmp_path / "warm" / "seed_0")
+  monkeypatch.chdir(tmp_path)
+  analyze = lambda *data: main([
+    "analyze", "warm/seed_0", "--tokens=256", "--output=out", *data
+  ])  # fmt: skip
+  note = "note: the page in out is of "
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "summary.json").write_text("[1]")  # of somebody else
+  assert analyze("--data=code", "--data=prose") == 0
+  assert note not in capsys.readouterr().out
+  assert analyze("--data=prose", "--data=code") == 0
+  assert note not in capsys.readouterr().out
+  assert analyze("--data=prose/5.txt") == 0
+  told = capsys.readouterr().out
+  assert f"{note}prose, code; this one of 5 takes its place" in told
+  source = (tmp_path / "out" / "index.html").read_text()
+  assert "<h1>Routing of warm/seed_0</h1>" in source
+  assert "one domain tells no specialisation from load" in source
+
+
 def test_known_names_are_those_of_all_pictures():
   assert set(page.PICTURES) == PICTURES
   assert {*page.HEADINGS, "tokens"} == TABLES
@@ -233,6 +259,11 @@ def test_other_models_have_a_page_too(tmp_path, model, monkeypatch, capsys):
   [
     ([], "there is no text to watch the routers on; add --data=NAME=FILE"),
     (["--data=x="], "--data=x= is not NAME=FILE"),
+    (["--data=code", "--data=x=prose", "--data=x=short.txt"],
+     "--data=x=short.txt: domain x is prose already; give it another NAME=, or "
+     "both as one folder or glob"),
+    (["--data=short.txt", "--data=code/short.jsonl"],
+     "--data=code/short.jsonl: domain short is short.txt already"),
     (["--data=x=gone.txt"], "data source 'gone.txt' is not there"),
     (["--data=short.txt"],
      "domain short has 7 tokens, less than one window of data.seq_len=32"),
@@ -256,10 +287,28 @@ def test_refusals_are_one_line(tmp_path, args, message, monkeypatch, capsys):
   assert printed.count("\n") == 1 and message in printed
 
 
+@pytest.mark.parametrize(
+  "given, wanted",
+  [("10000", 10_000), ("1e4", 10_000), ("2.5e3", 2_500), ("-3", -3),
+   (f"{2**60 + 1}", 2**60 + 1)],
+)  # fmt: skip
+def test_whole_numbers_of_the_command_line(given, wanted):
+  assert whole_number(given) == wanted
+
+
+@pytest.mark.parametrize("given", ["1.5", "1e-2", "inf", "nan", "many", ""])
+@pytest.mark.parametrize("option", ["--tokens", "--min-count", "--sample"])
+def test_what_is_no_whole_number(given, option, capsys):
+  with pytest.raises(SystemExit) as caught:
+    main(["analyze", "run", "--data=code", f"{option}={given}"])
+  assert caught.value.code == 2
+  assert re.search(
+    rf"{option}: '{given}' is no (whole )?number", capsys.readouterr().err
+  )
+
+
 def test_names_of_domains():
-  assert text.parse_domains(["a=x.txt", "b=y", "a=z"]) == {
-    "a": ["x.txt", "z"], "b": ["y"]
-  }  # fmt: skip
+  assert text.parse_domains(["a=x.txt", "b=y"]) == {"a": ["x.txt"], "b": ["y"]}
   assert text.parse_domains(["texts/c4_en.txt.gz"]) == {
     "c4_en": ["texts/c4_en.txt.gz"]
   }

@@ -164,10 +164,12 @@ def test_the_table_of_tokens(found, tokens, run_and_plan):
   run, _ = run_and_plan
   table = analysis.token_table(found, run.tokenizer, per_expert=3)
   rows = list(zip(*(table[key] for key in (
-    "router", "kind", "expert", "id", "count", "top_share", "share", "text"
+    "router", "kind", "expert", "id", "count", "top_share", "share", "text",
+    "chance",
   )), strict=True))  # fmt: skip
   assert len(rows) > 50
-  for router, kind, expert, number, count, top_share, share, text in rows:
+  for row in rows:
+    router, kind, expert, number, count, top_share, share, text, chance = row
     q = counts.KINDS.index(kind)
     group = of_ids(tokens[found.routers.index(router)], q)[number]
     assert count == len(group)
@@ -178,6 +180,9 @@ def test_the_table_of_tokens(found, tokens, run_and_plan):
       np.mean([expert in t.chosen for t in group]), rel=1e-12
     )
     assert top_share > 0
+    every = tokens[found.routers.index(router)]
+    load = np.mean([t.top == expert for t in every])
+    assert chance == pytest.approx(max(1 / E, load), rel=1e-12)
     assert text == visible(run.tokenizer, number)
   for number, text in ((32, "␣"), (10, "⏎"), (97, "a"), (200, "#200")):
     assert vocabulary.spell(run.tokenizer, number) == text

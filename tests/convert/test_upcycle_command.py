@@ -202,7 +202,7 @@ def test_from_the_command_line(tmp_path):
   experts = "--config.model.moe.d_expert=16"
   router = "--config.model.moe.router=top_k(k=2, renormalize=True)"
   out = run(
-    "convert", "upcycle", "dense", file, experts, router, "--out=moe",
+    "convert", "upcycle", "dense", file, experts, router, "--output=moe",
     "--granularity=2",
   )  # fmt: skip
   assert "logits are the dense model's" in out
@@ -223,6 +223,6 @@ def test_from_the_command_line(tmp_path):
   assert (moved.max((1, 2)) > 0).all()
   done = moejax(place, "train", file, "--workdir=moe", router)
   assert done.returncode == 2 and "holds converted weights" in done.stderr
-  done = moejax(place, "convert", "upcycle", "dense", file, "--out=new")
+  done = moejax(place, "convert", "upcycle", "dense", file, "--output=new")
   assert done.returncode == 2
   assert done.stderr.startswith("moejax convert: model.moe.d_expert=16 times")

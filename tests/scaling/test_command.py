@@ -2,6 +2,7 @@
 """`moejax scaling`, from points to pictures."""
 
 import json
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -40,7 +41,14 @@ def write_table(folder, points):
 def fit(tmp_path, points, *args):
   table = write_table(tmp_path, points)
   out = tmp_path / "out"
-  command = ["scaling", "fit", table, f"--out={out}", "--resamples=20", *args]
+  command = [
+    "scaling",
+    "fit",
+    table,
+    f"--output={out}",
+    "--resamples=20",
+    *args,
+  ]
   return main(command), out
 
 
@@ -136,8 +144,8 @@ def test_published_laws_count_embedding_tables(tmp_path, capsys):
   (tmp_path / "points.csv").write_text(to_csv(points, "non-embedding"))
   out = tmp_path / "out"
   assert main([
-    "scaling", "fit", str(tmp_path / "points.csv"), f"--out={out}",
-    "--resamples=20", budget, "--count=non-embedding",
+    "scaling", "fit", str(tmp_path / "points.csv"), f"--output={out}",
+    "--resamples=2e1", budget, "--count=non-embedding",
   ]) == 0  # fmt: skip
   told = capsys.readouterr().out
   assert "Hunyuan" not in told and "Chinchilla" not in told
@@ -209,7 +217,7 @@ def test_folders_of_runs(tmp_path, capsys):
   runs = []
   for name in "abc":
     runs.append(str(write_run(tmp_path / name, Recipe())))
-  assert main(["scaling", "fit", *runs, f"--out={tmp_path / 'out'}"]) == 2
+  assert main(["scaling", "fit", *runs, f"--output={tmp_path / 'out'}"]) == 2
   assert "3 points of 1 sizes" in capsys.readouterr().err
 
 
@@ -290,6 +298,27 @@ def test_a_size_that_is_no_likeness_is_told(capsys):
   notes = [x for x in capsys.readouterr().out.splitlines() if "note" in x]
   assert len(notes) == 1
   assert notes[0].startswith("note: c1e12-n9.78e3 and all of its size have")
+
+
+def test_columns_of_the_planned_points_are_apart(capsys):
+  """Also where D is 1,000 times N and more, which is told as a count."""
+  command = ["scaling", "points", f"--config={CONFIGS / 'tiny.py'}"]
+  assert main([*command, "--budgets=1e13,1e16", "--sizes=2e5,8e5"]) == 0
+  head, *rows = capsys.readouterr().out.splitlines()[:5]
+  config = cli.parse_config(str(CONFIGS / "tiny.py"), [])
+  columns = re.split(r"  +", head)
+  for row, point in zip(
+    rows, plan_points(config, [1e13, 1e16], [2e5, 8e5]), strict=True
+  ):
+    cells = row.split()
+    assert len(cells) == len(columns) and len(row) == len(head)
+    ratio = point.tokens / point.active_params
+    told = cells[columns.index("D/N")]
+    assert told.endswith("k") == (ratio >= 1000) and "e+" not in told
+    assert float(told.rstrip("k")) == pytest.approx(
+      ratio / (1000 if ratio >= 1000 else 1), rel=5e-3
+    )
+  assert any("k" in row.split()[columns.index("D/N")] for row in rows)
 
 
 def test_flops_by_three_counts(capsys):

@@ -11,9 +11,12 @@ import time
 import pytest
 
 from moejax.__main__ import main
-from moejax.metrics import last_step
+from moejax.errors import ConfigError
+from moejax.metrics import encode_line, last_step
+from moejax.runlock import RunLock
 from moejax.sweep.check import check_points
 from moejax.sweep.spec import load_sweep, plan_runs
+from moejax.sweep.state import DONE, RunState, how_far, write_state
 from moejax.sweep.worker import places
 from tests.small_run import command, environment, make_place, moejax
 
@@ -46,6 +49,9 @@ def raising(logits_TE, mask_T, *, k, rng=None):
   if os.path.exists("broken"):
     in_training(lambda: [][1])
   return top_k(logits_TE, mask_T, k=k)
+
+def slipping(logits_TE, mask_T, *, k, rng=None):
+  return [].tokens
 
 def dying(logits_TE, mask_T, *, k, rng=None):
   in_training(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -102,7 +108,7 @@ def test_it_runs_all_and_compares(place, finished):
   assert one["difference"] == pytest.approx(sum(paired) / 2)
   assert one["router/experts_per_token"] == 1
   table = (place / "finished" / "comparison.md").read_text()
-  assert table.count("\n") == 4 and "| two | " in table
+  assert table.count("\n") == 6 and "| two | " in table
   page = (place / "finished" / "index.html").read_text()
   assert 'data-point="one"' in page and "loss-curves-curve-one" in page
   assert "http" not in page.replace("http://www.w3.org", "")
@@ -127,6 +133,64 @@ def test_a_dry_run_lists_and_does_nothing(place, monkeypatch, capsys):
   assert not (place / "dry").exists()
 
 
+def test_a_dry_run_says_what_keeps_the_real_one(
+  place, finished, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  args = ["sweep", "--sweep=sweep.py", "--workdir=finished", "--dry-run"]
+  assert main(args) == 0
+  assert len(re.findall(r"two/seed_\d +done ", capsys.readouterr().out)) == 2
+  assert main([*args, "--config.optimizer.eps=0.1"]) == 2
+  said = capsys.readouterr()
+  assert said.out.count(" other settings ") == 4 and " done " not in said.out
+  assert "has a run of other settings" in said.err
+  args[2] = "--workdir=not_yet"
+  assert main([*args, "--config.data.seq_len=64"]) == 0
+  assert "note: no token store" in capsys.readouterr().out
+
+
+def test_a_point_alone_leaves_the_others_on_the_page(
+  place, finished, monkeypatch, capsys
+):
+  """`--points` and `--seeds` say what is run; two stays the baseline."""
+  monkeypatch.chdir(place)
+  file = place / "finished" / "comparison.json"
+  before = file.read_text()
+  args = ["sweep", "--sweep=sweep.py", "--workdir=finished", "--seeds=1"]
+  assert main([*args, "--points=one"]) == 0
+  assert "all 1 runs are done" in capsys.readouterr().out
+  assert file.read_text() == before
+  assert json.loads(before)["reference"] == "two"
+
+
+def test_a_run_on_the_way_says_how_far_it_is(place, tmp_path, monkeypatch):
+  monkeypatch.chdir(place)
+  run = plan_runs(load_sweep("sweep.py"))[0]
+  assert how_far(tmp_path, run) == "waiting"
+  folder = tmp_path / run.name
+  folder.mkdir(parents=True)
+  (folder / "metrics.jsonl").write_bytes(encode_line(7, {"loss/xent": 1.0}))
+  assert how_far(tmp_path, run) == "stopped at 7/20"
+  with RunLock(folder):
+    assert how_far(tmp_path, run) == "at work, 7/20"
+  assert how_far(tmp_path, run) == "stopped at 7/20"
+  write_state(folder, RunState(DONE))
+  assert how_far(tmp_path, run) == "done"
+
+
+def test_a_slip_in_a_router_is_one_line_and_debug_shows_all(
+  place, monkeypatch, capsys
+):
+  monkeypatch.chdir(place)
+  args = ["sweep", "--sweep=sweep.py:slipping", "--workdir=bad"]
+  line = 1 + ODD.splitlines().index("  return [].tokens")
+  assert main(args) == 2
+  assert f"({place / 'odd.py'}:{line})" in capsys.readouterr().err
+  with pytest.raises(ConfigError) as caught:
+    main([*args, "--debug"])
+  assert isinstance(caught.value.__cause__, AttributeError)
+
+
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on(place, finished):
   """SIGKILL of the command; its workers save and end by themselves."""
@@ -140,12 +204,14 @@ def test_killed_at_any_time_it_goes_on(place, finished):
   process.wait()
   lock = log.parent / "run.lock"
   wait_until(lambda: not lock.read_text())  # the worker let go of the run
+  time.sleep(1.0)  # and tells the command, which is not there
   again = sweep(place, "killed", "--jobs=2")
   assert again.returncode == 0, again.stdout + again.stderr
   for run in RUNS:
     assert validation(place, f"killed/{run}") == validation(
       place, f"finished/{run}"
     )
+    assert "Traceback" not in (place / "killed" / run / "log.txt").read_text()
 
 
 @pytest.mark.slow
@@ -160,9 +226,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place, finished):
   os.killpg(process.pid, signal.SIGINT)  # as a terminal does
   out, _ = process.communicate(timeout=120)
   assert process.returncode == 75, out
-  assert "two/seed_0: stopped, saved" in out
-  assert not (place / "stopped" / "one").exists()
   steps = last_step(log)
+  assert f"two/seed_0: stopped at {steps}/20, saved" in out
+  assert "the same command goes on, with --compare it draws" in out
+  assert not (place / "stopped" / "one").exists()
   assert sweep(place, "stopped").returncode == 0
   assert 3 <= steps < 20
   for run in RUNS:
@@ -245,7 +312,18 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--config.seed=5"], "give --seeds"),
     (["--jobs=0"], "--jobs=0 must be at least 1"),
     (["--slurm"], "there is no sbatch on this machine"),
-    (["--jbos=2"], "unknown argument '--jbos=2'"),
+    (["--jbos=2"], "unknown argument '--jbos=2'; did you mean --jobs?"),
+    (
+      ["--dryrun"],
+      "sweep: unknown argument '--dryrun'; did you mean --dry-run",
+    ),
+    (["--nonsense"], "sweep: unknown argument '--nonsense'"),
+    (["--dry-run", "--config.model.moe.router=top_k(kk=1)"], "no option kk"),
+    (["--slurm", "--config.model.moe.router=top_k(kk=1)"], "no option kk"),
+    (
+      ["--sweep=sweep.py:slipping"],
+      "odd: AttributeError: 'list' object has no attribute 'tokens' (",
+    ),
   ],
 )
 def test_bad_input_is_one_line_and_starts_nothing(

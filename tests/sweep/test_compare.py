@@ -9,13 +9,20 @@ import pytest
 from moejax.config import Config
 from moejax.errors import DataError
 from moejax.metrics import encode_line
+from moejax.report.style import new_figure
 from moejax.sweep import Sweep
 from moejax.sweep.charts import make_charts, spread
 from moejax.sweep.compare import compare, mean_and_error
 from moejax.sweep.page import write_page
 from moejax.sweep.spec import PlannedRun
 from moejax.sweep.state import DONE, RunState, write_state
-from moejax.sweep.table import as_markdown, as_rows, columns
+from moejax.sweep.table import (
+  as_markdown,
+  as_rows,
+  as_text,
+  columns,
+  headline,
+)
 
 STEPS = 40
 # Final losses by seed: what two routers share goes with the seed.
@@ -83,6 +90,135 @@ def test_means_and_paired_differences(comparison):
   # Seeds differ far more than the routers do, which pairing takes out.
   spread_of_seeds = mean_and_error(np.array(LOSSES["better"]))[1]
   assert result.difference(better)[1] < spread_of_seeds / 3
+
+
+def made_up(place, losses, seeds=(0, 1, 2)):
+  """The comparison of points with these losses by seed; None has no run."""
+  config = Config.from_dict({
+    "train": {"num_steps": STEPS}, "optimizer": {"schedule": {"warmup": 1.0}},
+  })  # fmt: skip
+  sweep = Sweep(config="x.py", points={n: {} for n in losses}, seeds=seeds)
+  planned = [PlannedRun(n, s, config) for n in losses for s in seeds]
+  for name, found in losses.items():
+    for seed, loss in zip(seeds, found):
+      if loss is not None:
+        write_run(place / name / f"seed_{seed}", config, loss, 100.0)
+  return compare(sweep, planned, place)
+
+
+def chart(comparison, name):
+  """A chart as drawn: its axes, and its title and note."""
+  (found,) = [c for c in make_charts(comparison) if c.name == name]
+  figure = new_figure(*found.size)
+  found.draw(figure, False)
+  return figure.axes[0], found
+
+
+def test_pictures_rank_as_the_table_does_also_with_seeds_missing(tmp_path):
+  """An easy seed alone puts no bar further left than that of the best."""
+  result = made_up(tmp_path, LOSSES)
+  axes, found = chart(result, "final-loss")
+  labels = [label.get_text() for label in axes.get_yticklabels()]
+  assert labels == ["better", "base", "late, 1/3 seeds"]
+  bars = {}
+  for line in axes.lines:
+    (x, y) = line.get_data()
+    if len(y) == 2 and y[1] - y[0] == pytest.approx(0.6):
+      bars[labels[round(y.mean())]] = x[0]
+  base = 7.5 / 3
+  expected = {
+    "better": base - 0.35 / 3, "base": base, "late, 1/3 seeds": base + 0.2
+  }  # fmt: skip
+  assert bars == pytest.approx(expected)
+  assert "Hollow: seeds are missing" in found.note
+  axes, found = chart(result, "loss-speed")
+  marks = {
+    line.get_gid().removeprefix("curve-"): line
+    for line in axes.lines if line.get_gid()
+  }  # fmt: skip
+  places = {name: line.get_ydata()[0] for name, line in marks.items()}
+  assert list(places.values()) == pytest.approx(
+    [expected["base"], expected["better"], expected["late, 1/3 seeds"]]
+  )
+  hollow = [n for n, m in marks.items()
+            if m.get_markerfacecolor() != m.get_color()]  # fmt: skip
+  assert hollow == ["late"]
+  assert "Hollow" in found.note
+  for text in (as_markdown(result), as_text(result)):
+    assert "Sorted by the difference to base, seed by seed" in text
+
+
+def test_without_missing_seeds_nothing_is_hollow(tmp_path):
+  result = made_up(tmp_path, {"a": [2.0, 3.0, 2.5], "b": [2.1, 2.9, 2.0]})
+  for point in result.points:
+    assert result.placed(point) == pytest.approx(point.loss)
+  for name in ("final-loss", "loss-speed"):
+    _, found = chart(result, name)
+    assert "Hollow" not in found.note
+
+
+def test_a_point_of_other_seeds_has_no_place_beside_the_others(tmp_path):
+  result = made_up(tmp_path, {"a": [2.0, 3.0, None], "b": [None, None, 1.0]})
+  assert np.isnan(result.placed(result.point("b")))
+  axes, _ = chart(result, "final-loss")
+  assert len(axes.get_yticklabels()) == 2
+  assert "loss-speed" not in {c.name for c in make_charts(result)}
+  assert headline(result) == "Lowest: a; no seed in common with b"
+
+
+def test_without_a_baseline_the_means_are_compared(tmp_path):
+  losses = {"a": [None, None], "b": [2.1, 3.2], "c": [2.0, 3.0]}
+  result = made_up(tmp_path, losses, (0, 1))
+  assert [p.name for p in result.ranked()] == ["c", "b", "a"]
+  assert result.placed(result.point("b")) == pytest.approx(2.65)
+  assert "Sorted by final loss, as a has none" in as_text(result)
+
+
+@pytest.mark.parametrize(
+  "losses, title",
+  [
+    # Differences 0.1 and 0.2, then 0.1 and 0.4: 3 and 1.7 standard errors.
+    ([[2.1, 3.2], [2.0, 3.0]], "b ends lowest, 0.15 below a (± 0.05)"),
+    ([[2.0, 3.0], [2.1, 3.2]], "a ends lowest"),
+    (
+      [[2.1, 3.4], [2.0, 3.0]],
+      "Lowest: b, less than two standard errors below a",
+    ),
+    # Far below the baseline, but not below the second.
+    (
+      [[9.0, 9.0], [2.0, 3.0], [2.1, 2.95]],
+      "Lowest: b, less than two standard errors below c",
+    ),
+    ([[2.1, None], [2.0, None]], "Lowest: b, in a single seed"),
+    ([[2.1, 3.1], [None, None]], "a ends at 2.6"),
+  ],
+)
+def test_the_headline_claims_what_the_numbers_bear(tmp_path, losses, title):
+  result = made_up(tmp_path, dict(zip("abc", losses)), (0, 1))
+  assert headline(result) == title
+  assert chart(result, "final-loss")[1].title == title
+
+
+def test_a_half_done_run_has_no_numbers_beside_the_loss(tmp_path):
+  """Its steps so far are of another phase, its first one compiles."""
+  result = made_up(tmp_path, {"a": [2.0, 3.0], "b": [2.1, 3.1]}, (0, 1))
+  whole = columns(result)
+  for seed in (0, 1):
+    for log in ("metrics.jsonl", "timing.jsonl"):
+      file = tmp_path / "b" / f"seed_{seed}" / log
+      file.write_bytes(b"".join(file.read_bytes().splitlines(True)[:1]))
+    (tmp_path / "b" / f"seed_{seed}" / "eval.jsonl").unlink()
+  planned = [run.planned for point in result.points for run in point.runs]
+  sweep = Sweep(config="x.py", points={"a": {}, "b": {}})
+  half = compare(sweep, planned, tmp_path)
+  rows = {row[0]: row for row in as_rows(half)}
+  heads = rows["point"]
+  assert [c.key for c in columns(half)] == [c.key for c in whole]
+  for name in ("tokens/s", "busiest expert", "final loss"):
+    assert rows["b"][heads.index(name)] == "–"
+    assert rows["a"][heads.index(name)] != "–"
+  assert rows["b"][heads.index("total")] == "100"  # known from the start
+  assert rows["b"][-1] == "0/2"
 
 
 def test_one_kind_of_loss_for_all(tmp_path):
