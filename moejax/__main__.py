@@ -11,6 +11,7 @@ from moejax.errors import UserError
 COMMANDS = {
   "train": ("moejax.train", "train a model from a config, or go on with a run"),
   "eval": ("moejax.evaluate", "loss of a checkpoint on held-out or other data"),
+  "replay": ("moejax.replay", "one step of a run again, layer by layer"),
   "generate": ("moejax.generate", "let a checkpoint write text"),
   "describe": ("moejax.describe", "sizes, FLOPs and memory of a config"),
   "plan": (

@@ -821,6 +821,24 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+  """Steps that are not taken; non-finite ones never are."""
+
+  max_skipped: int = option(10, "skipped steps in a row that end the run")
+  spike: float = option(
+    0.0,
+    "skip steps whose loss or gradient norm is so many standard "
+    "deviations above the mean of the last ones; 0 is off, OLMo-core has 6",
+  )
+  window: int = option(128, "how many last steps that mean is of")
+
+  def __post_init__(self):
+    require_positive("stability", self, "max_skipped")
+    require(self.spike >= 0, "stability.spike is negative")
+    require(self.window >= 4, f"stability.window={self.window} is below 4")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Validation during training."""
 
@@ -850,6 +868,7 @@ class Config:
   parallel: ParallelConfig = section(ParallelConfig, "split over devices")
   checkpoint: CheckpointConfig = section(CheckpointConfig, "checkpoints")
   eval: EvalConfig = section(EvalConfig, "evaluation")
+  stability: StabilityConfig = section(StabilityConfig, "steps not taken")
 
   def __post_init__(self):
     require(self.seed >= 0, f"seed={self.seed} is negative")

@@ -17,11 +17,12 @@ from moejax.errors import UserError
 from moejax.evaluate import evaluate
 from moejax.generate import DEFAULT_SAMPLING, can_generate, generate
 from moejax.hardware import peak_flops
-from moejax.metrics import RunLog
+from moejax.metrics import SKIPPED, RunLog
 from moejax.models import Transformer, build, train_flops_per_token
 from moejax.parallel import on_one_device
 from moejax.progress import TrainProgress
 from moejax.runlock import PreemptionGuard
+from moejax.stability import REASONS
 from moejax.step import TrainState, device_batch, shards_of
 
 # Steps between records of the [L, E] expert loads: a picture needs no more.
@@ -56,7 +57,8 @@ class Loop:
     self._enter(phase_at(config, self.step))
     self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
     self.saved_step = -1
-    self.pending: tuple[int, dict[str, Any]] | None = None
+    # Step, metrics, and the rows of its batch, [B, 2]: source, row.
+    self.pending: tuple[int, dict[str, Any], np.ndarray] | None = None
     self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
     self.clock = time.perf_counter()
 
@@ -102,7 +104,8 @@ class Loop:
         )
         self._log_pending()
         self.step += 1
-        self.pending = (self.step, metrics)
+        rows = np.stack([batch["source"], batch["row"]], axis=1)
+        self.pending = (self.step, metrics, rows)
         self._after_step()
         if guard.should_stop(self.step):
           return True
@@ -126,13 +129,15 @@ class Loop:
     """Fetches and logs the step before, while the device works."""
     if self.pending is None:
       return
-    step, metrics = self.pending
+    step, metrics, rows = self.pending
     self.pending = None
     metrics = jax.device_get(metrics)
     if "load_LE" in metrics:
       load_LE = metrics.pop("load_LE")
       if step % LOAD_EVERY == 0 or step == 1:
         self.log.load(step, load_LE)
+    if metrics["skipped"]:
+      self._note_skipped(step, metrics, rows)
     self._check_finite(step, metrics)
     self._note_dropped(step, metrics)
     tokens = int(metrics["tokens"])
@@ -144,21 +149,45 @@ class Loop:
     self._log_time(step, tokens, metrics)
 
   def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
-    """Before step n is saved: loss and gradient of it, parameters after it."""
-    for name in ("loss/total", "grad_norm", "param_norm"):
-      if not np.isfinite(metrics[name]):
-        self.checkpoints.wait()
-        newest = self.checkpoints.latest()
-        advice = (
-          "use a lower optimizer.learning_rate in a new --workdir, or look at "
-          "the data of this step"
-        )
-        if step == 1 and name != "param_norm":
-          advice = "before any update: look at the router or the data"
-        raise UserError(
-          f"{name} is {metrics[name]} at step {step} (newest checkpoint before "
-          f"it: {'none' if newest is None else newest}); {advice}"
-        )
+    """Before step n is saved: the parameters after it, and whether to go on."""
+    many = metrics.pop("skipped_in_a_row")
+    finite = np.isfinite(metrics["param_norm"])
+    if finite and many < self.config.stability.max_skipped:
+      return
+    self.checkpoints.wait()
+    newest = self.checkpoints.latest()
+    newest = "none" if newest is None else newest
+    if not finite:
+      raise UserError(
+        f"param_norm is {metrics['param_norm']} at step {step} (newest "
+        f"checkpoint before it: {newest}); use a lower "
+        "optimizer.learning_rate in a new --workdir"
+      )
+    advice = f"moejax replay {self.workdir} --step={step} shows in which layer"
+    if step == many:
+      advice = "before any update: look at the router or the data"
+    raise UserError(
+      f"{many} steps in a row were skipped, the last at step {step}: "
+      f"{REASONS[int(metrics['skipped'])]} (loss {metrics['loss/total']}, "
+      f"grad_norm {metrics['grad_norm']}; newest checkpoint: {newest}); "
+      f"{advice}"
+    )
+
+  def _note_skipped(
+    self, step: int, metrics: dict[str, Any], rows: np.ndarray
+  ) -> None:
+    """Says why, and which rows it was; all of them are in a log."""
+    reason = int(metrics["skipped"])
+    self.log.skipped(step, reason, rows)
+    stores = self.stores.of(self.phase).stores
+    named = [f"{stores[source].source} row {row}" for source, row in rows[:3]]
+    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+    self.progress.message(
+      f"step {step} is skipped: {REASONS[reason]} (loss "
+      f"{metrics['loss/total']:.4g}, gradient norm "
+      f"{metrics['grad_norm']:.4g}); its batch: {', '.join(named)}{more}, all "
+      f"in {SKIPPED}"
+    )
 
   def _note_dropped(self, step: int, metrics: dict[str, Any]) -> None:
     """Says once that assignments went nowhere; the metrics have them all."""

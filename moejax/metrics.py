@@ -8,6 +8,7 @@
   eval.jsonl         per evaluation, `validation/...`
   router_load.jsonl  every few steps, the share of assignments of each expert
   samples.jsonl      text that the model wrote
+  skipped.jsonl      per step that was not taken, why, and the rows of its batch
   events/            the numbers of the first three again, for TensorBoard
 
 `step` counts finished optimizer steps, so the first line is of step 1, and a
@@ -36,7 +37,8 @@ TIMING = "timing.jsonl"
 EVALUATION = "eval.jsonl"
 LOAD = "router_load.jsonl"
 SAMPLES = "samples.jsonl"
-FILES = (METRICS, TIMING, EVALUATION, LOAD, SAMPLES)
+SKIPPED = "skipped.jsonl"
+FILES = (METRICS, TIMING, EVALUATION, LOAD, SAMPLES, SKIPPED)
 EVENTS = "events"
 
 Number = float | int | np.number
@@ -126,6 +128,16 @@ class RunLog:
   def sample(self, step: int, prompt: str, text: str) -> None:
     """Logs what the model wrote after `prompt`."""
     self._write(SAMPLES, step, {"prompt": prompt, "text": text})
+
+  def skipped(self, step: int, reason: int, rows: np.ndarray) -> None:
+    """Logs a step that was not taken.
+
+    Args:
+      step: of the run.
+      reason: as `moejax.stability` numbers them.
+      rows: [B, 2] source and row of this process's rows.
+    """
+    self._write(SKIPPED, step, {"reason": reason, "rows": rows})
 
   def flush(self) -> None:
     """Forces all lines to disk; call before the checkpoint of their step."""

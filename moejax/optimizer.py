@@ -96,23 +96,24 @@ def schedule_values(config: Config) -> np.ndarray:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-  """Global-norm clip, AdamW or Muon, and each group's own rate."""
+  """Global-norm clip, AdamW or Muon, decay, and each group's own rate.
+
+  Its updates are to be taken times minus the learning rate, which follows from
+  the run's step: a step that is not taken does not delay it.
+  """
   options = config.optimizer
-  # A chain within the chain, and rates last: states keep their names.
   parts = [
     _direction(options),
     optax.add_decayed_weights(
       options.weight_decay,
       lambda params: decay_mask(params, options.no_decay),
     ),
-    optax.scale_by_learning_rate(run_schedule(config)),
   ]
+  if options.clip_norm:
+    parts.insert(0, _clip_by_global_norm(options.clip_norm))
   if rates := rate_factors(config):
     parts.append(_scale_groups(rates))
-  inner = optax.chain(*parts)
-  if not options.clip_norm:
-    return inner
-  return optax.chain(_clip_by_global_norm(options.clip_norm), inner)
+  return optax.chain(*parts)
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:

@@ -22,6 +22,7 @@ from moejax.models.transformer import boxed_variables
 from moejax.optimizer import make_optimizer, param_paths, run_schedule
 from moejax.phases import AtStep, at_step
 from moejax.routing import RouterStats, balance, resolve
+from moejax.stability import TAKEN, Guard
 
 Array = jax.Array
 Batch = dict[str, Array]
@@ -40,6 +41,7 @@ class TrainState:
     opt_state: optimizer state.
     router_state: state of routers that have one, such as balancing biases.
     rng: key from which each step's routing noise follows.
+    guard: which steps were not taken, and what spikes are told by.
     ema: moving average of the parameters; empty where the config has none.
   """
 
@@ -48,6 +50,7 @@ class TrainState:
   opt_state: Any
   router_state: Any
   rng: Array
+  guard: Guard
   ema: Any = flax.struct.field(default_factory=dict)
 
   @property
@@ -89,6 +92,7 @@ def init_state(
       variables["router_state"] if "router_state" in variables else {}
     ),
     rng=rng,
+    guard=Guard.fresh(config.stability),
     # Arrays of its own: both are donated to a step.
     ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else {},
   )
@@ -110,6 +114,7 @@ def state_shardings(config: Config, model: Transformer, mesh: Mesh) -> Any:
   router_state = jax.tree.map(lambda _: everywhere, state.router_state)
   return TrainState(
     everywhere, variables["params"], opt_state, router_state, everywhere,
+    jax.tree.map(lambda _: everywhere, state.guard),
     variables["params"] if config.optimizer.ema else {},
   )  # fmt: skip
 
@@ -156,8 +161,9 @@ def make_train_step(
   """The step for this config; jit it with the state donated.
 
   Its metrics are the loss terms, `grad_norm`, `param_norm` (of the result),
-  `learning_rate`, `tokens` (targets of the batch), the router's, and `load_LE`,
-  each expert's share.
+  `learning_rate`, `tokens` (targets of the batch), the router's, `load_LE`,
+  each expert's share, `skipped`, why the step was not taken (0: it was), and
+  `skipped_in_a_row`.
   """
   schedule = run_schedule(config)
   optimizer = make_optimizer(config)
@@ -176,34 +182,61 @@ def make_train_step(
     grads, (metrics, sums, stats) = jax.grad(loss_fn, has_aux=True)(
       state.params
     )
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics |= {
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": schedule(state.step),
-      "tokens": sums.tokens,
-    }
-    if stats is not None:
-      metrics |= losses.router_metrics(stats)
-      metrics["load_LE"] = losses.load_shares(stats)
-    params = optax.apply_updates(state.params, updates)
-    metrics["param_norm"] = optax.tree.norm(params)  # after the update
-    router_state = state.router_state
-    if router_state:
-      rate = balance.bias_rate(resolve(config.model.moe.router_spec))
-      # Of the whole batch, so the same however it was split.
-      counts = as_router_state(config.model, stats.count_BE.sum(1))
-      router_state = balance.update_state(router_state, counts, rate)
-      biases = jax.tree.leaves(router_state)
-      metrics["router/bias_max"] = jnp.stack(
-        [jnp.abs(b).max() for b in biases]
-      ).max()
+    norm, rate = optax.tree.norm(grads), schedule(state.step)
+    loss, guard = metrics["loss/total"], state.guard
+    verdict = guard.verdict(config.stability, loss, norm)
+
+    def take(state):
+      updates, opt_state = optimizer.update(
+        grads, state.opt_state, state.params
+      )
+      params = optax.apply_updates(
+        state.params, optax.tree.scale(-rate, updates)
+      )
+      return state.replace(
+        params=params, opt_state=opt_state,
+        router_state=_balanced(config, state.router_state, stats),
+        ema=_average(config, state.ema, params),
+      )  # fmt: skip
+
+    # A branch, not a product with zero, which would let NaN through.
+    state = jax.lax.cond(verdict == TAKEN, take, lambda state: state, state)
     state = state.replace(
-      step=state.step + 1, params=params, opt_state=opt_state,
-      router_state=router_state, ema=_average(config, state.ema, params),
-    )  # fmt: skip
-    return state, metrics
+      step=state.step + 1, guard=guard.after(verdict, loss, norm)
+    )
+    metrics |= {
+      "grad_norm": norm, "learning_rate": rate, "tokens": sums.tokens,
+      "param_norm": optax.tree.norm(state.params), "skipped": verdict,
+      "skipped_in_a_row": state.guard.in_a_row,
+    }  # fmt: skip
+    return state, metrics | _of_routers(state, stats)
 
   return train_step
+
+
+def _balanced(config: Config, router_state: Any, stats: Any) -> Any:
+  """Balancing biases after a step, by the counts of the whole batch."""
+  if not router_state:
+    return router_state
+  rate = balance.bias_rate(resolve(config.model.moe.router_spec))
+  # Of the whole batch, so the same however it was split.
+  counts = as_router_state(config.model, stats.count_BE.sum(1))
+  return balance.update_state(router_state, counts, rate)
+
+
+def _of_routers(
+  state: TrainState, stats: RouterStats | None
+) -> dict[str, Array]:
+  """The routers' metrics."""
+  if stats is None:
+    return {}
+  found = losses.router_metrics(stats)
+  found["load_LE"] = losses.load_shares(stats)
+  if biases := jax.tree.leaves(state.router_state):
+    found["router/bias_max"] = jnp.stack(
+      [jnp.abs(b).max() for b in biases]
+    ).max()
+  return found
 
 
 def _average(config: Config, ema: Any, params: Any) -> Any:

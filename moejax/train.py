@@ -125,7 +125,7 @@ def train(
       state = (
         restored.state
         if restored
-        else _fresh_state(config, model, tokenizer, shardings)
+        else fresh_state(config, model, tokenizer, shardings)
       )
       start = int(state.step)
       if first and start and checkpoints.is_empty():
@@ -206,12 +206,13 @@ def announce(
   print(f"{workdir}: {verb}; compiling the step...", flush=True)
 
 
-def _fresh_state(
+def fresh_state(
   config: Config,
   model: Transformer,
   tokenizer: Tokenizer,
   shardings: TrainState,
 ) -> TrainState:
+  """What a run begins with: drawn, or the weights of `train.init_from`."""
   # The key is no constant of the program, which all seeds then share.
   key = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
   make = lambda key: init_state(config, model, jax.random.wrap_key_data(key))

@@ -22,12 +22,12 @@ LAYERS = {
   "mechanisms": "ops routing dispatch experts",
   "parts": (
     "models data parallel checkpoint runlock optimizer losses metrics "
-    "event_file progress sampling hardware phases"
+    "event_file progress sampling hardware phases stability"
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "
     "generate describe report data.command finetune analysis plan convert "
-    "sweep scaling"
+    "sweep scaling replay"
   ),
 }
 RANK = {
