@@ -59,6 +59,7 @@ def get_config(arg=""):
   config.loss.router_z = 0.0
 
   config.optimizer.learning_rate = 2e-4  # not published
+  config.optimizer.expert_rate = "batch_share(x=0.26)"  # 0.31 of the rest's
   config.optimizer.schedule.name = "wsd"
   config.optimizer.schedule.decay = 0.05
   config.optimizer.schedule.final = 0.1

@@ -20,6 +20,7 @@ from moejax.hardware import peak_flops
 from moejax.metrics import SKIPPED, RunLog
 from moejax.models import Transformer, build, train_flops_per_token
 from moejax.parallel import on_one_device
+from moejax.profiling import Profiler, ProfileWindow
 from moejax.progress import TrainProgress
 from moejax.runlock import PreemptionGuard
 from moejax.stability import REASONS
@@ -48,6 +49,7 @@ class Loop:
     workdir: Path,
     state: TrainState,
     restored: Restored | None,
+    profile: ProfileWindow | None = None,
   ):
     self.dropped_noted = False
     self.config, self.models, self.tokenizer = config, models, tokenizer
@@ -57,6 +59,7 @@ class Loop:
     self._enter(phase_at(config, self.step))
     self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
     self.saved_step = -1
+    self.profiler = Profiler(profile, workdir)
     # Step, metrics, and the rows of its batch, [B, 2]: source, row.
     self.pending: tuple[int, dict[str, Any], np.ndarray] | None = None
     self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
@@ -81,6 +84,7 @@ class Loop:
           self.progress.message(describe_phase(self.config, self.phase))
         stop = self._run_phase(programs[self.phase], guard)
       self._log_pending()
+      self._say(self.profiler.close())
       if self.saved_step != self.step:
         self._save()
       self.checkpoints.wait()
@@ -99,11 +103,13 @@ class Loop:
       while self.step < self.phase.end:
         with self._timed("input_wait"):
           batch = next(batches)
+        self.profiler.before(self.step + 1)
         self.state, metrics = train_step(
           self.state, device_batch(batch, self.model.placement)
         )
         self._log_pending()
         self.step += 1
+        self._say(self.profiler.after(self.step, metrics))
         rows = np.stack([batch["source"], batch["row"]], axis=1)
         self.pending = (self.step, metrics, rows)
         self._after_step()
@@ -112,6 +118,10 @@ class Loop:
       # What is logged of the last step is of this phase.
       self._log_pending()
     return False
+
+  def _say(self, text: str) -> None:
+    if text:
+      self.progress.message(text)
 
   def _after_step(self) -> None:
     config = self.config

@@ -39,6 +39,7 @@ from moejax.metrics import FILES
 from moejax.models import Transformer, count
 from moejax.models.transformer import describe_backends
 from moejax.parallel import build_on_mesh, distributed, make_mesh
+from moejax.profiling import ProfileWindow
 from moejax.resume import (
   branch_point,
   how_to_go_on,
@@ -80,11 +81,15 @@ def main(argv: list[str]) -> int:
         f"not the settings of process 0: {'; '.join(changed[:3])}; start all "
         "with the same command"
       )
-    return train(config, args.workdir)
+    profile = ProfileWindow.parse(args.profile) if args.profile else None
+    return train(config, args.workdir, profile=profile)
 
 
 def train(
-  config: Config, workdir: str | os.PathLike, report: bool = True
+  config: Config,
+  workdir: str | os.PathLike,
+  report: bool = True,
+  profile: ProfileWindow | None = None,
 ) -> int:
   """Trains to `train.num_steps`, from the newest checkpoint if there is one.
 
@@ -92,6 +97,7 @@ def train(
     config: of the run.
     workdir: its folder.
     report: whether to draw its page at the end.
+    profile: steps to look at with JAX's profiler.
 
   Returns:
     0 when finished, `EXIT_SAVED` when stopped by SIGTERM or SIGINT after
@@ -141,7 +147,15 @@ def train(
       left = [p for p in phases_of(config) if p.end > start]
       models = {p: build_on_mesh(p.config, mesh) for p in phases_of(config)}
       loop = Loop(
-        config, models, tokenizer, stores, checkpoints, workdir, state, restored
+        config,
+        models,
+        tokenizer,
+        stores,
+        checkpoints,
+        workdir,
+        state,
+        restored,
+        profile,
       )
       # All of them now: the last phase is not to fail after a month.
       programs = compile_phases(config, model, mesh, left)
@@ -273,6 +287,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   add_config_arguments(parser, required=False)
   add = parser.add_argument
   add("--workdir", metavar="DIR", help="the run's folder; made if missing")
+  add(
+    "--profile",
+    metavar="FIRST:LAST",
+    help="steps to record for TensorBoard or XProf, in DIR/profile",
+  )
   add("--print-config", action="store_true", help="print the resolved config")
   add("--help-config", action="store_true", help="list all config options")
   distributed.add_arguments(parser)

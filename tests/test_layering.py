@@ -22,7 +22,7 @@ LAYERS = {
   "mechanisms": "ops routing dispatch experts",
   "parts": (
     "models data parallel checkpoint runlock optimizer losses metrics "
-    "event_file progress sampling hardware phases stability"
+    "event_file progress sampling hardware phases stability profiling"
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "
