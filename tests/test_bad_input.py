@@ -104,7 +104,8 @@ def test_a_loss_that_is_none_before_any_update(place, monkeypatch, capsys):
   argv = ["train", "--config=config.py", "--workdir=nan"]
   assert main([*argv, "--config.model.moe.router=nan.router(k=2)"]) == 2
   error = capsys.readouterr().err
-  assert "at step 1 (newest checkpoint before it: none); before any" in error
+  assert "10 steps in a row were skipped" in error
+  assert "before any update: look at the router or the data" in error
   assert "look at the router or the data" in error
   assert "learning_rate" not in error
 

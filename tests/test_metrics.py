@@ -34,6 +34,7 @@ def write_steps(log: RunLog, first: int, last: int) -> None:
       log.load(step, np.full((2, 4), 0.25, np.float32))
       log.sample(step, "def", f"line\nbreak {step}")
       log.sample(step, "def", "second sample of this step")
+      log.skipped(step, 1, np.array([[0, step], [1, 7]]))
 
 
 def contents(folder) -> dict[str, bytes]:
