@@ -2,9 +2,6 @@
 """Whether the points of a sweep can be built, before the first one runs."""
 
 import dataclasses
-import sysconfig
-import traceback
-from pathlib import Path
 from typing import TextIO
 
 import jax
@@ -18,14 +15,6 @@ from moejax.progress import progress_bar
 from moejax.step import BATCH_KEYS, batch_sums, init_state
 from moejax.sweep.spec import PlannedRun, raise_wrong_points
 from moejax.train import load_tokenizer_of
-
-# Where frames of a traceback are nobody's own: packages, Python, this one.
-_NOT_ONES_OWN = (
-  *(f"{sysconfig.get_path(p)}/" for p in ("stdlib", "purelib", "platlib")),
-  f"{Path(jax.__file__).parents[1]}/",
-  f"{Path(runs.__file__).parent}/",
-  "<",
-)
 
 
 def check_points(
@@ -52,7 +41,7 @@ def check_points(
   by_point = {run.point: run.config for run in planned}
   wrong: dict[str, str] = {}
   notes: dict[str, None] = {}
-  cause: Exception | None = None
+  cause: BaseException | None = None  # for --debug
   opened: set[str] = set()
   with progress_bar("checking points", len(by_point), stream) as bar:
     for point, config in by_point.items():
@@ -69,24 +58,10 @@ def check_points(
         if config.train.init_from:
           runs.read_config(config.train.init_from)
       except UserError as e:
-        wrong[point] = str(e)
-      except Exception as e:  # a router of one's own may raise anything
-        wrong[point], cause = said_of(e), cause or e
+        wrong[point], cause = str(e), cause or e.__cause__
       bar.advance()
   raise_wrong_points(wrong, cause)
   return list(notes)
-
-
-def said_of(error: Exception) -> str:
-  """What went wrong and in which line of a person's own code, as one line."""
-  kind = type(error).__name__
-  if isinstance(error, SyntaxError):
-    return f"{kind}: {error.msg} ({error.filename}:{error.lineno})"
-  frames = traceback.extract_tb(error.__traceback__)
-  own = [f for f in frames if not f.filename.startswith(_NOT_ONES_OWN)]
-  where = (own or frames)[-1]
-  said = f"{kind}: {error}".splitlines()[0]
-  return f"{said} ({where.filename}:{where.lineno})"
 
 
 def _trace(config: Config) -> None:

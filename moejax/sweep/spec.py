@@ -184,7 +184,7 @@ def plan_runs(sweep: Sweep, extra_args: Sequence[str] = ()) -> list[PlannedRun]:
 
 
 def raise_wrong_points(
-  wrong: Mapping[str, str], cause: Exception | None = None
+  wrong: Mapping[str, str], cause: BaseException | None = None
 ) -> None:
   """One error for all points that cannot be built, if there are any."""
   if not wrong:

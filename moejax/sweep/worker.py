@@ -174,6 +174,8 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
     except UserError as e:
       state, message = FAILED, str(e)
       print(message, flush=True)
+      if e.__cause__ is not None:  # what a router of one's own raised
+        traceback.print_exception(e.__cause__)
     except Exception as e:  # a router of one's own may raise anything
       state, message = FAILED, f"{type(e).__name__}: {e}".splitlines()[0]
       traceback.print_exc()

@@ -185,7 +185,7 @@ def test_a_slip_in_a_router_is_one_line_and_debug_shows_all(
   args = ["sweep", "--sweep=sweep.py:slipping", "--workdir=bad"]
   line = 1 + ODD.splitlines().index("  return [].tokens")
   assert main(args) == 2
-  assert f"({place / 'odd.py'}:{line})" in capsys.readouterr().err
+  assert f"(odd.py:{line}) raised AttributeError" in capsys.readouterr().err
   with pytest.raises(ConfigError) as caught:
     main([*args, "--debug"])
   assert isinstance(caught.value.__cause__, AttributeError)
@@ -242,7 +242,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(place, finished):
 @pytest.mark.parametrize(
   "router, message",
   [
-    ("raising", "IndexError: list index out of range"),
+    ("raising", "(odd.py:11) raised IndexError: list index out of range"),
     ("dying", "the process was ended by SIGKILL, often for want of memory"),
   ],
 )
@@ -251,7 +251,7 @@ def test_a_run_that_fails_does_not_keep_the_others(place, router, message):
   options = ("--seeds=0", "--points=odd,one")
   done = sweep(place, f"fails_{router}", *options, file=f"sweep.py:{router}")
   assert done.returncode == 1
-  assert f"odd/seed_0: failed: {message}" in done.stderr
+  assert "odd/seed_0: failed: " in done.stderr and message in done.stderr
   assert state(place, f"fails_{router}/one/seed_0")["state"] == "done"
   page = (place / f"fails_{router}" / "index.html").read_text()
   assert "Not done" in page and message in page
@@ -301,7 +301,7 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--points=three"], "no point three; there are two, one"),
     (["--seeds=a"], "--seeds=a must be like 0,1,2"),
     (["--task=4"], "--task=4 is not in [0, 3]"),
-    (["--config.model.moe.num_experts=1"], "use k <= 1"),
+    (["--config.model.moe.num_experts=1"], "use 1 <= k <= 1"),
     (["--config.train.init_from=gone"], "gone is not the folder of a run"),
     (["--config.data.seq_len=64"], "two, one: no token store"),
     (["--sweep=sweep.py:beyond"], "odd: model.moe.router: odd has no router"),
@@ -322,7 +322,7 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--slurm", "--config.model.moe.router=top_k(kk=1)"], "no option kk"),
     (
       ["--sweep=sweep.py:slipping"],
-      "odd: AttributeError: 'list' object has no attribute 'tokens' (",
+      "raised AttributeError: 'list' object has no attribute 'tokens'",
     ),
   ],
 )
