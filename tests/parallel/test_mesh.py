@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
@@ -82,7 +83,8 @@ def test_each_device_has_its_part_of_weights_and_moments():
     lambda: init_state(config, model), out_shardings=shardings
   )()  # fmt: skip
   whole = sum(x.size for x in jax.tree.leaves(state.params))
-  for tree in (state.params, *(state.opt_state[1][0][1:])):
+  moments = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu")]
+  for tree in (state.params, *moments):
     here = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(tree))
     # What is replicated is a few vectors.
     assert whole / 8 <= here < 1.1 * whole / 8
@@ -105,9 +107,10 @@ def test_copies_of_the_parameters_share_their_moments():
 
   whole = sum(x.size for x in jax.tree.leaves(shapes.params))
   assert whole / 4 <= share(shapes.params, shardings.params) < 1.1 * whole / 4
-  for tree, where in zip(
-    shapes.opt_state[1][0][1:], shardings.opt_state[1][0][1:]
-  ):
+  for name in ("mu", "nu"):
+    tree, where = (
+      optax.tree.get(state.opt_state, name) for state in (shapes, shardings)
+    )
     assert whole / 8 <= share(tree, where) < 1.1 * whole / 8
 
 
