@@ -1013,7 +1013,31 @@ def _with_phase(config: Config, phase: PhaseConfig) -> Config:
     name: dataclasses.replace(getattr(config, name), **values)
     for name, values in by_section.items()
   }
-  return dataclasses.replace(config, **changed)
+  try:
+    return dataclasses.replace(config, **changed)
+  except ConfigError:
+    # Perhaps on another mesh: a run may go on with one.
+    alone = {"parallel": ParallelConfig()}
+    return dataclasses.replace(config, **(changed | alone))
+
+
+def require_mesh_fits(config: Config) -> None:
+  """Refuses a run that reaches a phase which its mesh does not divide.
+
+  Raises:
+    ConfigError: naming the phase, and where to stop before it.
+  """
+  for phase in phases_of(config):
+    if phase.config.parallel == config.parallel:
+      continue
+    try:
+      dataclasses.replace(phase.config, parallel=config.parallel)
+    except ConfigError as e:
+      raise ConfigError(
+        f"phase {phase.name} does not fit on this mesh ({e}); stop before it "
+        f"by train.num_steps={phase.start}, and go on with another "
+        "--config.parallel"
+      ) from None
 
 
 @functools.lru_cache(maxsize=64)

@@ -27,6 +27,7 @@ from moejax.config import (
   describe_options,
   differences,
   phases_of,
+  require_mesh_fits,
 )
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
@@ -117,6 +118,7 @@ def train(
       "no validation rows: raise data.validation_fraction and prepare again, "
       "or set eval.every=0"
     )
+  require_mesh_fits(config)
   mesh = make_mesh(config.parallel)
   model = build_on_mesh(config, mesh)
   shardings = state_shardings(config, model, mesh)

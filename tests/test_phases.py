@@ -317,3 +317,13 @@ def test_bad_branches(place, capsys, more, message):
   assert main(args) == 2
   assert message in capsys.readouterr().err
   assert not (place / "bad" / "config.json").exists()
+
+
+def test_a_phase_that_the_mesh_does_not_divide(capsys):
+  more = {"parallel__data": 4}
+  config = config_of(**more)  # planned and described all the same
+  assert phases_of(config)[2].config.parallel.data == 1
+  assert main(["train", *options(**more), "--workdir=mesh"]) == 2
+  error = capsys.readouterr().err
+  assert "phase long does not fit on this mesh" in error
+  assert "stop before it by train.num_steps=15" in error
