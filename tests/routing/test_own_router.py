@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A router that a notebook defines anew is the one that is used."""
 
+import dataclasses
 import sys
 import types
 
@@ -12,9 +13,12 @@ from moejax.analysis import choices
 from moejax.config import Config, default_config
 from moejax.data.tokenizer import load_tokenizer
 from moejax.evaluate import evaluate_batches
+from moejax.memory import compile_step
 from moejax.models import build, init_variables
+from moejax.parallel import make_mesh
 from moejax.routing import Routing
-from moejax.step import BATCH_KEYS
+from moejax.step import BATCH_KEYS, init_state, state_shardings
+from moejax.train import _fresh_state
 
 E = 4
 
@@ -70,6 +74,31 @@ def test_defined_anew(notebook, config):
   assert losses[0] != losses[1]
 
 
-def test_the_same_one_shares_its_programs(notebook, config):
+def test_seeds_share_a_program_and_routers_do_not(notebook, config):
+  mesh = make_mesh(config.parallel)
+
+  def compiled(seed):
+    return compile_step(
+      dataclasses.replace(config, seed=seed), build(config.model), mesh
+    )
+
   notebook.router = always(0)
-  assert build(config.model) == build(config.model)
+  first = compiled(0)
+  assert compiled(1) is first
+  notebook.router = always(3)
+  assert compiled(0) is not first
+
+
+def test_a_run_begins_with_the_weights_of_its_seed(notebook, config):
+  """Though the seed is no constant of the program that draws them."""
+  notebook.router = always(0)
+  model, mesh = build(config.model), make_mesh(config.parallel)
+  tables = []
+  for seed in (0, 1):
+    of_seed = dataclasses.replace(config, seed=seed)
+    where = state_shardings(of_seed, model, mesh)
+    state = _fresh_state(of_seed, model, load_tokenizer("byte"), where)
+    want = jax.jit(lambda of_seed=of_seed: init_state(of_seed, model))()
+    jax.tree.map(np.testing.assert_array_equal, state.params, want.params)
+    tables.append(np.asarray(state.params["w_embed_VD"]))
+  assert (tables[0] != tables[1]).any()
