@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a run is split, saved and evaluated: no weight depends on it."""
+
+import dataclasses
+import math
+
+from moejax.config.fields import (
+  option,
+  require,
+  require_choice,
+  require_positive,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+  """The mesh: how a run is split over devices, which changes no result.
+
+  Their product is the number of devices.
+  """
+
+  data: int = option(1, "copies of the weights; each takes part of a batch")
+  fsdp: int = option(
+    1,
+    "as `data`, but each keeps a part of weights and optimizer state and "
+    "gathers the rest when it is used (ZeRO-3)",
+  )
+  expert: int = option(
+    1, "as `fsdp`, but experts stay where they are and tokens go to them"
+  )
+  tensor: int = option(1, "parts of each head group, expert and dense layer")
+  sequence: int = option(
+    1, "parts of each row; attention sees whole rows of some heads"
+  )
+  exchange: str = option(
+    "auto",
+    "how tokens reach experts: all_to_all (rows go to where they are wanted), "
+    "all_gather (all rows go everywhere; for small expert groups)",
+  )
+  receive_factor: float = option(
+    0.0,
+    "room for rows that a device's experts get, over the rows that it sends; "
+    "0: for all that could come. Rows beyond it are dropped and counted in "
+    "router/dropped",
+  )
+  overlap: str = option(
+    "kernels",
+    "what collectives run beside, as asked of a TPU's or GPU's compiler: "
+    "kernels and all else; other (not kernels, with which libtpu 0.0.42 aborts "
+    "on some steps); none (the compiler's defaults)",
+  )
+
+  AXES = ("data", "fsdp", "expert", "tensor", "sequence")
+  EXCHANGES = ("auto", "all_to_all", "all_gather")
+  OVERLAPS = ("kernels", "other", "none")
+
+  def __post_init__(self):
+    require_positive("parallel", self, *self.AXES)
+    require_choice("parallel.exchange", self.exchange, self.EXCHANGES)
+    require_choice("parallel.overlap", self.overlap, self.OVERLAPS)
+    require(
+      self.receive_factor == 0 or self.receive_factor >= 1,
+      f"parallel.receive_factor={self.receive_factor} must be 0 or at least 1",
+    )
+
+  @property
+  def num_devices(self) -> int:
+    return math.prod(getattr(self, axis) for axis in self.AXES)
+
+  @property
+  def batch_parts(self) -> int:
+    """Into how many parts the rows of a batch go."""
+    return self.data * self.fsdp * self.expert
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """When to save and what to keep."""
+
+  every: int = option(1000, "steps between checkpoints")
+  keep_last: int = option(2, "newest checkpoints to keep")
+  keep_every: int = option(0, "keep each multiple of this for good; 0 is none")
+
+  def __post_init__(self):
+    require_positive("checkpoint", self, "every", "keep_last")
+    require(self.keep_every >= 0, "checkpoint.keep_every is negative")
+    require(
+      self.keep_every % self.every == 0,
+      f"checkpoint.keep_every={self.keep_every} is not a multiple of "
+      f"checkpoint.every={self.every}",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Validation during training."""
+
+  every: int = option(500, "steps between evaluations; 0 is never")
+  num_batches: int = option(16, "validation batches; fewer if they run out")
+  batch_size: int = option(0, "rows per batch; 0 takes train.batch_size")
+  ema: bool = option(False, "evaluate the averaged weights too")
+  sample_prompt: str = option("", "text continued at each evaluation")
+  sample_tokens: int = option(0, "tokens of that sample; 0 writes none")
+
+  def __post_init__(self):
+    for name in ("every", "batch_size", "sample_tokens"):
+      require(getattr(self, name) >= 0, f"eval.{name} is negative")
+    require_positive("eval", self, "num_batches")
