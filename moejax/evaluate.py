@@ -8,7 +8,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,15 +37,27 @@ def evaluate(
 
   Returns:
     `validation/xent` (nats per token), `validation/perplexity`,
-    `validation/bits_per_byte`, `validation/tokens` and the routers' metrics.
+    `validation/bits_per_byte`, `validation/tokens`, the routers' metrics and,
+    of several sources, `validation/sources/NAME/xent` and `.../bits_per_byte`.
   """
   batches = validation_batches(config, model, stores, config.eval.num_batches)
-  values = evaluate_batches(config, model, variables, batches, tokenizer)
+  names = source_names(config)
+  values = evaluate_batches(config, model, variables, batches, tokenizer, names)
   return {f"validation/{key}": value for key, value in values.items()}
 
 
+def source_names(config: Config) -> tuple[str, ...]:
+  """Of the sources, where they are more than one."""
+  specs = config.data.sources
+  return data_lib.metric_names(specs) if len(specs) > 1 else ()
+
+
 def validation_batches(
-  config: Config, model: Transformer, stores: Any, num_batches: int
+  config: Config,
+  model: Transformer,
+  stores: Any,
+  num_batches: int,
+  split: str = "validation",
 ) -> Any:
   """The first `num_batches` validation batches, in microbatches of own rows.
 
@@ -56,8 +68,9 @@ def validation_batches(
   if not config.eval.batch_size:
     micro //= config.train.accumulation_steps
   return data_lib.validation_batches(
-    stores, micro, num_batches * size // micro, shards=shards_of(model, micro)
-  )
+    stores, micro, num_batches * size // micro, split=split,
+    shards=shards_of(model, micro),
+  )  # fmt: skip
 
 
 def evaluate_batches(
@@ -66,12 +79,21 @@ def evaluate_batches(
   variables: Variables,
   batches,
   tokenizer: Tokenizer,
+  names: Sequence[str] = (),
 ) -> dict[str, float]:
-  """Means over all targets of `batches`; see `evaluate`."""
+  """Means over all targets of `batches`; see `evaluate`.
+
+  Args:
+    config, model, variables: what is evaluated.
+    batches: of this process's rows.
+    tokenizer: of their ids.
+    names: of the sources of the rows, which are then told apart.
+  """
   # Runs that differ in their seed alone share it.
   any_seed = dataclasses.replace(config, seed=0)
   eval_step = _jitted_eval_step(any_seed, model)
   xent = tokens = num_bytes = 0.0
+  by_source = np.zeros((3, len(names)))  # xent, tokens, bytes
   stats = None
   for batch in batches:
     sums, batch_stats = jax.device_get(
@@ -80,6 +102,9 @@ def evaluate_batches(
     xent += float(sums.xent)
     tokens += float(sums.tokens)
     num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
+    if names:
+      bytes_S = _bytes_by_source(batch, tokenizer, len(names))
+      by_source += np.stack([sums.xent_S, sums.tokens_S, bytes_S])
     if batch_stats is not None:
       if stats is not None:
         batch_stats = jax.tree.map(np.add, stats, batch_stats)
@@ -94,9 +119,25 @@ def evaluate_batches(
     "bits_per_byte": xent / math.log(2) / max(num_bytes, 1.0),
     "tokens": tokens,
   }
+  for name, (xent, tokens, num_bytes) in zip(names, by_source.T):
+    num_bytes = model.placement.sum_over_readers(num_bytes)
+    if tokens:
+      bits = xent / math.log(2) / max(num_bytes, 1.0)
+      values[f"sources/{name}/xent"] = xent / tokens
+      values[f"sources/{name}/bits_per_byte"] = bits
   if stats is not None:
     values |= {k: float(v) for k, v in router_metrics(stats).items()}
   return values
+
+
+def _bytes_by_source(
+  batch: dict[str, np.ndarray], tokenizer: Tokenizer, count: int
+) -> list[int]:
+  """Bytes of the targets of each source's rows."""
+  of_source = lambda s: batch["loss_mask"] & (batch["source_ids"] == s)
+  return [
+    tokenizer.count_bytes(batch["targets"][of_source(s)]) for s in range(count)
+  ]
 
 
 def _shown(batches: Iterable[Any]) -> Iterator[Any]:
@@ -133,6 +174,7 @@ def main(argv: list[str]) -> int:
   config = run.config
   if args.num_batches is not None and args.num_batches < 1:
     raise ConfigError(f"--num-batches={args.num_batches} must be positive")
+  names: tuple[str, ...] = ()
   if args.data:
     size = config.eval.batch_size or config.train.batch_size
     batches = data_lib.file_batches(
@@ -143,8 +185,9 @@ def main(argv: list[str]) -> int:
     batches = validation_batches(
       config, run.model, stores, args.num_batches or config.eval.num_batches
     )
+    names = source_names(config)
   values = evaluate_batches(
-    config, run.model, run.variables, _shown(batches), run.tokenizer
+    config, run.model, run.variables, _shown(batches), run.tokenizer, names
   )
   name = ", ".join(args.data) if args.data else "validation"
   if args.json:

@@ -14,9 +14,11 @@ from moejax.checkpoint import Checkpointer, Restored
 from moejax.config import Config, Phase, phase_at
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
-from moejax.evaluate import evaluate
+from moejax.evaluate import evaluate, source_names
 from moejax.generate import DEFAULT_SAMPLING, can_generate, generate
+from moejax.goodput import WAITS
 from moejax.hardware import peak_flops
+from moejax.held_out import VALIDATION, HeldOut, TaskError
 from moejax.metrics import SKIPPED, RunLog
 from moejax.models import Transformer, build, train_flops_per_token
 from moejax.parallel import on_one_device
@@ -49,6 +51,7 @@ class Loop:
     workdir: Path,
     state: TrainState,
     restored: Restored | None,
+    held_out: HeldOut,
     profile: ProfileWindow | None = None,
   ):
     self.dropped_noted = False
@@ -57,13 +60,17 @@ class Loop:
     self.state = state
     self.step = int(state.step)
     self._enter(phase_at(config, self.step))
+    self.held_out = held_out
+    self.names = source_names(config)
     self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
+    self.tokens_S = np.zeros(len(self.names), np.int64)
+    if restored:
+      self.tokens_S += np.array(restored.meta["source_tokens"], np.int64)
     self.saved_step = -1
     self.profiler = Profiler(profile, workdir)
     # Step, metrics, and the rows of its batch, [B, 2]: source, row.
     self.pending: tuple[int, dict[str, Any], np.ndarray] | None = None
-    self.times = {"input_wait": 0.0, "checkpoint": 0.0, "evaluation": 0.0}
-    self.clock = time.perf_counter()
+    self.times = dict.fromkeys(WAITS, 0.0)
 
   def run(self, programs: dict[Phase, Any], guard: PreemptionGuard) -> bool:
     """Trains until the end or a signal; True if a signal came first.
@@ -73,6 +80,7 @@ class Loop:
       guard: of signals.
     """
     last = self.config.train.num_steps
+    self.clock = time.perf_counter()
     with (
       RunLog(self.workdir, self.step, jax.process_index() == 0) as self.log,
       TrainProgress(last, self.step) as self.progress,
@@ -126,11 +134,10 @@ class Loop:
   def _after_step(self) -> None:
     config = self.config
     # The end is evaluated before it is saved: a saved run is complete.
-    at_end = self.step == config.train.num_steps
-    if at_end or _due(config.eval.every, self.step):
+    if due := self.held_out.due(self.step):
       self._log_pending()
-      self._evaluate()
-    if _due(config.checkpoint.every, self.step):
+      self._evaluate(due)
+    if self.step % config.checkpoint.every == 0:
       self._log_pending()
       self._save()
     self.checkpoints.check()
@@ -153,10 +160,25 @@ class Loop:
     tokens = int(metrics["tokens"])
     self.tokens_seen += tokens
     metrics["tokens"] = self.tokens_seen
+    if self.names:
+      metrics |= self._of_sources(metrics)
     if self.phase.name:
       metrics["phase"] = self.stores.number(self.phase)
     self.log.step(step, metrics)
     self._log_time(step, tokens, metrics)
+
+  def _of_sources(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Mean loss of each source's targets, and how many there have been."""
+    xent_S, tokens_S = metrics.pop("xent_S"), metrics.pop("tokens_S")
+    self.tokens_S += tokens_S.astype(np.int64)
+    found = {}
+    for name, xent, tokens, total in zip(
+      self.names, xent_S, tokens_S, self.tokens_S
+    ):
+      found[f"sources/{name}/tokens"] = total
+      if tokens:
+        found[f"sources/{name}/xent"] = xent / tokens
+    return found
 
   def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
     """Before step n is saved: the parameters after it, and whether to go on."""
@@ -236,32 +258,54 @@ class Loop:
       learning_rate=float(metrics["learning_rate"]),
     )  # fmt: skip
 
-  def _evaluate(self) -> None:
-    config = self.config
-    if not config.eval.every:
-      return
+  def _evaluate(self, due: list[str]) -> None:
+    """Evaluates on what is due; all of it is one line of the log."""
+    config, values, failed = self.config, {}, []
     with self._timed("evaluation"):
-      values = evaluate(
-        self.phase.config, self.model, self.state.variables,
-        self.stores.of(self.phase), self.tokenizer,
+      if VALIDATION in due:
+        values |= self._validate()
+      run = runs.Run(
+        self.phase.config, self.model, self.state.variables, self.tokenizer,
+        self.step,
       )  # fmt: skip
-      if config.eval.ema:
-        averaged = evaluate(
-          self.phase.config, self.model, self.state.averaged,
-          self.stores.of(self.phase), self.tokenizer,
-        )  # fmt: skip
-        values |= {
-          k.replace("validation/", "validation_ema/"): v
-          for k, v in averaged.items()
-          if not k.startswith("validation/router")
-        }
+      for name in due:
+        if name == VALIDATION:
+          continue
+        try:
+          values |= self.held_out.evaluate(name, run)
+        except TaskError as e:
+          failed.append(str(e))
       self.log.evaluation(self.step, values)
-      self.progress.message(
-        f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
-        f"{values['validation/bits_per_byte']:.3f} bits per byte"
-      )
-      if config.eval.sample_tokens and can_generate(config.model):
+      sample = config.eval.sample_tokens and can_generate(config.model)
+      if VALIDATION in due and sample:
         self._sample()
+    for problem in failed:
+      self.progress.message(f"step {self.step}: {problem}; training goes on")
+    if failed and config.eval.task_errors == "stop":
+      self._save()
+      self.checkpoints.wait()
+      raise UserError(f"saved step {self.step}, then stopped: {failed[0]}")
+
+  def _validate(self) -> dict[str, float]:
+    """Metrics of the validation rows, and of the averaged weights on them."""
+    config, stores = self.phase.config, self.stores.of(self.phase)
+    values = evaluate(
+      config, self.model, self.state.variables, stores, self.tokenizer
+    )
+    if config.eval.ema:
+      averaged = evaluate(
+        config, self.model, self.state.averaged, stores, self.tokenizer
+      )
+      values |= {
+        k.replace("validation/", "validation_ema/"): v
+        for k, v in averaged.items()
+        if not k.startswith("validation/router")
+      }
+    self.progress.message(
+      f"step {self.step}: validation loss {values['validation/xent']:.4f}, "
+      f"{values['validation/bits_per_byte']:.3f} bits per byte"
+    )
+    return values
 
   def _sample(self) -> None:
     prompt = self.config.eval.sample_prompt
@@ -282,6 +326,7 @@ class Loop:
       meta = {
         "step": self.step,
         "tokens_seen": self.tokens_seen,
+        "source_tokens": self.tokens_S.tolist(),
         "config": self.config.to_dict(),
         "tokenizer": self.tokenizer.digest,
         "data": self.stores.fingerprints,
@@ -306,10 +351,6 @@ class _Timer:
 
   def __exit__(self, *exc_info) -> None:
     self._times[self._name] += time.perf_counter() - self._start
-
-
-def _due(every: int, step: int) -> bool:
-  return every > 0 and step % every == 0
 
 
 def describe_phase(config: Config, phase: Phase) -> str:

@@ -47,12 +47,15 @@ class LossSums:
     xent: sum of next-token cross entropies, in nats.
     z: sum of squared logsumexp of the logits.
     tokens: number of targets.
+    xent_S, tokens_S: both by source of the row; None where not asked for.
   """
 
   total: Array
   xent: Array
   z: Array
   tokens: Array
+  xent_S: Array | None = None
+  tokens_S: Array | None = None
 
 
 def next_token_sums(
@@ -62,6 +65,8 @@ def next_token_sums(
   mask_T: Array,
   z_weight: float | Array,
   chunk_size: int,
+  source_T: Array | None = None,
+  num_sources: int = 0,
 ) -> LossSums:
   """Cross entropy (and z-loss) sums, `chunk_size` tokens at a time.
 
@@ -76,6 +81,8 @@ def next_token_sums(
     mask_T: bool; False targets count nowhere.
     z_weight: weight of the squared logsumexp (PaLM, Chowdhery et al. 2022).
     chunk_size: tokens per chunk; the last chunk is padded with masked tokens.
+    source_T: int32, the source of each token's row.
+    num_sources: sums are told apart by so many; 0 does not.
   """
   T, D = hidden_TD.shape
   chunk = min(chunk_size, T)
@@ -83,50 +90,65 @@ def next_token_sums(
   fold = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
     -1, chunk, *x.shape[1:]
   )
-  xent, z = _xent_sums(
-    z_weight, fold(hidden_TD), table_VD, fold(targets_T), fold(mask_T)
-  )
+  of_source_TS = jnp.zeros((T, 0), bool)
+  if num_sources:
+    of_source_TS = source_T[:, None] == jnp.arange(num_sources)
+    of_source_TS &= mask_T[:, None]
+  xent, z, xent_S = _xent_sums(
+    z_weight, fold(hidden_TD), table_VD, fold(targets_T), fold(mask_T),
+    fold(of_source_TS),
+  )  # fmt: skip
   tokens = mask_T.sum(dtype=jnp.float32)
   # `xent` already carries the gradient of the z term: see _xent_fwd.
   total = xent + z_weight * jax.lax.stop_gradient(z)
-  return LossSums(total, jax.lax.stop_gradient(xent), z, tokens)
+  sums = LossSums(total, jax.lax.stop_gradient(xent), z, tokens)
+  if not num_sources:
+    return sums
+  tokens_S = of_source_TS.sum(0, dtype=jnp.float32)
+  return sums.replace(xent_S=jax.lax.stop_gradient(xent_S), tokens_S=tokens_S)
 
 
 @jax.custom_vjp
-def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
-  """(xent, z) sums; differentiating xent gives that of xent + z_weight * z."""
+def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
+  """(xent, z, xent by source); xent's gradient is that of xent + z_weight z."""
   table = table_VD.astype(hidden_CTD.dtype)
 
   def chunk(sums, inputs):
-    xent, z, _ = _chunk_sums(table, *inputs)
-    return (sums[0] + xent, sums[1] + z), None
+    more, _ = _chunk_sums(table, *inputs)
+    return jax.tree.map(jnp.add, sums, more), None
 
+  chunks = (hidden_CTD, targets_CT, mask_CT, of_CTS)
+  return jax.lax.scan(chunk, _zero_sums(of_CTS), chunks)[0]
+
+
+def _zero_sums(of_CTS):
   zero = jnp.zeros((), jnp.float32)
-  sums, _ = jax.lax.scan(chunk, (zero, zero), (hidden_CTD, targets_CT, mask_CT))
-  return sums
+  return zero, zero, jnp.zeros(of_CTS.shape[-1], jnp.float32)
 
 
-def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T):
+def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T, of_TS):
   """Sums of one chunk, and what its gradient needs."""
   logits_TV = jnp.einsum(
     "td,vd->tv", hidden_TD, table_VD, preferred_element_type=jnp.float32
   )
   lse_T = jax.nn.logsumexp(logits_TV, axis=-1)
   target_T = jnp.take_along_axis(logits_TV, targets_T[:, None], axis=-1)[:, 0]
-  xent = jnp.where(mask_T, lse_T - target_T, 0.0).sum()
+  xent_T = jnp.where(mask_T, lse_T - target_T, 0.0)
   z = jnp.where(mask_T, lse_T**2, 0.0).sum()
-  return xent, z, (logits_TV, lse_T)
+  # No product with zero: what is not finite is of one source.
+  xent_S = jnp.where(of_TS, xent_T[:, None], 0.0).sum(0)
+  return (xent_T.sum(), z, xent_S), (logits_TV, lse_T)
 
 
-def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
+def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
   dtype = hidden_CTD.dtype
   table = table_VD.astype(dtype)
   V = table_VD.shape[0]
 
   def chunk(carry, inputs):
-    xent_sum, z_sum, d_table_VD = carry
-    hidden_TD, targets_T, mask_T = inputs
-    xent, z, (logits_TV, lse_T) = _chunk_sums(table, *inputs)
+    sums, d_table_VD = carry
+    hidden_TD, targets_T, mask_T, _ = inputs
+    more, (logits_TV, lse_T) = _chunk_sums(table, *inputs)
     prob_TV = jnp.exp(logits_TV - lse_T[:, None])
     # d(xent + w z) / d logits = p - onehot + 2 w lse p, for counted tokens.
     factor_T = jnp.where(mask_T, 1.0 + 2.0 * z_weight * lse_T, 0.0)
@@ -139,14 +161,13 @@ def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT):
     d_table_VD += jnp.einsum(
       "tv,td->vd", d_logits_TV, hidden_TD, preferred_element_type=jnp.float32
     )
-    return (xent_sum + xent, z_sum + z, d_table_VD), d_hidden_TD
+    return (jax.tree.map(jnp.add, sums, more), d_table_VD), d_hidden_TD
 
-  zero = jnp.zeros((), jnp.float32)
-  init = (zero, zero, jnp.zeros(table_VD.shape, jnp.float32))
-  (xent, z, d_table_VD), d_hidden_CTD = jax.lax.scan(
-    chunk, init, (hidden_CTD, targets_CT, mask_CT)
+  init = (_zero_sums(of_CTS), jnp.zeros(table_VD.shape, jnp.float32))
+  (sums, d_table_VD), d_hidden_CTD = jax.lax.scan(
+    chunk, init, (hidden_CTD, targets_CT, mask_CT, of_CTS)
   )
-  return (xent, z), (d_hidden_CTD, d_table_VD.astype(table_VD.dtype))
+  return sums, (d_hidden_CTD, d_table_VD.astype(table_VD.dtype))
 
 
 def _xent_bwd(residuals, cotangents):
@@ -156,6 +177,7 @@ def _xent_bwd(residuals, cotangents):
     None,  # the weight is in the residuals, and learns nothing
     (g * d_hidden_CTD).astype(d_hidden_CTD.dtype),
     g * d_table_VD,
+    None,
     None,
     None,
   )

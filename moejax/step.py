@@ -28,7 +28,9 @@ Array = jax.Array
 Batch = dict[str, Array]
 
 
-BATCH_KEYS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
+BATCH_KEYS = (
+  "tokens", "targets", "segment_ids", "positions", "loss_mask", "source_ids"
+)  # fmt: skip
 
 
 @flax.struct.dataclass
@@ -162,8 +164,9 @@ def make_train_step(
 
   Its metrics are the loss terms, `grad_norm`, `param_norm` (of the result),
   `learning_rate`, `tokens` (targets of the batch), the router's, `load_LE`,
-  each expert's share, `skipped`, why the step was not taken (0: it was), and
-  `skipped_in_a_row`.
+  each expert's share, `skipped`, why the step was not taken (0: it was),
+  `skipped_in_a_row` and, of several sources, `xent_S` and `tokens_S`, sums over
+  the targets of each.
   """
   schedule = run_schedule(config)
   optimizer = make_optimizer(config)
@@ -204,6 +207,8 @@ def make_train_step(
     state = state.replace(
       step=state.step + 1, guard=guard.after(verdict, loss, norm)
     )
+    if sums.xent_S is not None:
+      metrics |= {"xent_S": sums.xent_S, "tokens_S": sums.tokens_S}
     metrics |= {
       "grad_norm": norm, "learning_rate": rate, "tokens": sums.tokens,
       "param_norm": optax.tree.norm(state.params), "skipped": verdict,
@@ -264,7 +269,7 @@ def batch_sums(
 
   Args:
     batch: tokens, targets, segment_ids, positions int32 and loss_mask bool,
-      each [B, T].
+      each [B, T]; of several sources source_ids int32 as well.
     rng: key of this step's routing noise; None for none.
     at: what holds at this step; None takes the config's own.
   """
@@ -296,23 +301,26 @@ def _forward_sums(config, model, variables, batch, rng_B, at=None):
   output = model.apply(variables, batch["tokens"], rows)
   table_VD = model.apply(variables, method="output_table")
 
+  # Of one source, all sums are its sums.
+  S = len(config.data.sources) if len(config.data.sources) > 1 else 0
+
   def local(table_VD, z_weight, hidden_BTD, *labels):
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    hidden_TD, targets_T, mask_T = map(flat, (hidden_BTD, *labels))
+    hidden_TD, targets_T, mask_T, *source_T = map(flat, (hidden_BTD, *labels))
     return losses.next_token_sums(
-      hidden_TD, table_VD, targets_T, mask_T, z_weight, config.loss.chunk_size
+      hidden_TD, table_VD, targets_T, mask_T, z_weight, config.loss.chunk_size,
+      *source_T, num_sources=S,
     )  # fmt: skip
 
   # Every device takes tokens of its own, also those that share heads.
   tokens = Axes("batch", "spread_tokens")
   hidden = Axes("batch", "spread_tokens", None)
+  labels = [batch["targets"], batch["loss_mask"]]
+  labels += [batch["source_ids"]] if S else []
   sums = model.placement.local(
-    local, (TABLE, Axes(), hidden, tokens, tokens),
+    local, (TABLE, Axes(), hidden, *[tokens] * len(labels)),
     Partial(Axes(), tuple(tokens)),
-  )(
-    table_VD, at.loss.z_loss, output.hidden_BTD, batch["targets"],
-    batch["loss_mask"],
-  )  # fmt: skip
+  )(table_VD, at.loss.z_loss, output.hidden_BTD, *labels)  # fmt: skip
   return sums, output.stats
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from moejax import data as data_lib
-from moejax import runs
+from moejax import goodput, runs
 from moejax.checkpoint import processes
 from moejax.cli import add_config_arguments, parse_config
 from moejax.config import (
@@ -33,6 +34,7 @@ from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
 from moejax.generate import can_generate
 from moejax.hardware import keep_freed_memory
+from moejax.held_out import HeldOut
 from moejax.init_from import weights_of
 from moejax.loop import Loop
 from moejax.memory import check_state_fits, compile_phases
@@ -107,7 +109,7 @@ def train(
   Raises:
     UserError: anything that a person can fix; nothing is half-written.
   """
-  workdir = Path(workdir)
+  workdir, began = Path(workdir), time.time()
   keep_freed_memory()
   # Before anything is written: what is wrong with the data or the config.
   refuse_converted(workdir)
@@ -118,6 +120,7 @@ def train(
       "no validation rows: raise data.validation_fraction and prepare again, "
       "or set eval.every=0"
     )
+  held_out = HeldOut(config, tokenizer)
   require_mesh_fits(config)
   mesh = make_mesh(config.parallel)
   model = build_on_mesh(config, mesh)
@@ -138,7 +141,7 @@ def train(
       start = int(state.step)
       if first and start and checkpoints.is_empty():
         _take_logs(config, workdir)
-      announce(config, model, stores.stores[0], workdir, start)
+      announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
         if first:
@@ -157,13 +160,19 @@ def train(
         workdir,
         state,
         restored,
+        held_out,
         profile,
       )
       # All of them now: the last phase is not to fail after a month.
+      ready = time.time()
       programs = compile_phases(config, model, mesh, left)
       if first:
         runs.write_files(workdir, config, tokenizer)
+        compiling = time.time() - ready
+        goodput.record_launch(workdir, start, began, ready - began, compiling)
       stopped = loop.run(programs, guard)
+    if first and (found := goodput.of_run(workdir)):
+      print(found.describe(), flush=True)
     if report:
       _report(workdir)
   if stopped:
@@ -185,7 +194,11 @@ def load_tokenizer_of(config: Config) -> Tokenizer:
 
 
 def announce(
-  config: Config, model: Transformer, stores: Any, workdir: Path, start: int
+  config: Config,
+  model: Transformer,
+  stores: data_lib.PhasedStores,
+  workdir: Path,
+  start: int,
 ) -> None:
   """Prints what runs where, once."""
   counts = count(config.model)
@@ -195,10 +208,14 @@ def announce(
     f"active per token; {config.model.num_layers} layers"
   )
   print(
-    f"data: {stores.describe()}; {tokens:,} tokens a batch, "
+    f"data: {stores.stores[0].describe()}; {tokens:,} tokens a batch, "
     f"{config.train.num_steps} steps"
   )
-  unseen = [s.source for s in stores.stores if not s.rows("validation")]
+  for line in stores.describe_exhausted():
+    print(f"data: {line}")
+  unseen = [
+    s.source for s in stores.stores[0].stores if not s.rows("validation")
+  ]
   if config.eval.every and unseen:
     print(f"note: validation has no rows of {', '.join(unseen)}")
   for line in describe_backends(model, config.data.seq_len):

@@ -22,12 +22,13 @@ LAYERS = {
   "mechanisms": "ops routing dispatch experts",
   "parts": (
     "models data parallel checkpoint runlock optimizer losses metrics "
-    "event_file progress sampling hardware phases stability profiling"
+    "event_file progress sampling hardware phases stability profiling "
+    "goodput"
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "
-    "generate describe report data.command finetune analysis plan convert "
-    "sweep scaling replay"
+    "held_out generate describe report data.command finetune analysis plan "
+    "convert sweep scaling replay"
   ),
 }
 RANK = {

@@ -3,7 +3,12 @@
 
 import dataclasses
 
-from moejax.config.fields import option, require, require_positive
+from moejax.config.fields import (
+  option,
+  require,
+  require_choice,
+  require_positive,
+)
 
 LONGEST_ROW = 2**24  # a record of a token store is a message of protobuf
 
@@ -27,6 +32,12 @@ class DataConfig:
   order: int = option(
     0, "another number shuffles the rows anew and begins with all of them"
   )
+  exhausted: str = option(
+    "repeat",
+    "when a source has been read whole: repeat (again, in another order), "
+    "reweight (the others share its part), or stop (refuse a run that would "
+    "need more, and say which step is the last)",
+  )
   validation_fraction: float = option(
     0.01, "share of documents, chosen by hash, that are never trained on"
   )
@@ -49,6 +60,9 @@ class DataConfig:
         all(w >= 0 for w in self.weights) and sum(self.weights) > 0,
         f"data.weights={self.weights} must be >= 0 and not all zero",
       )
+    require_choice(
+      "data.exhausted", self.exhausted, ("repeat", "reweight", "stop")
+    )
     require_positive("data", self, "seq_len", "prefetch_rows")
     require(
       self.seq_len <= LONGEST_ROW,

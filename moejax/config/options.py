@@ -147,6 +147,11 @@ def check_type(kind: Any, value: Any, path: str) -> Any:
       found = [PhaseConfig.from_value(v, f"{path}[{i}]")
                for i, v in enumerate(value)]  # fmt: skip
       return tuple(found)
+    if dataclasses.is_dataclass(element):
+      found = [v if isinstance(v, element)
+               else build_section(element, v, f"{path}[{i}]")
+               for i, v in enumerate(value)]  # fmt: skip
+      return tuple(found)
     return tuple(check_type(element, v, path) for v in value)
   if kind is float and type(value) is int:
     value = float(value)
@@ -164,8 +169,8 @@ def check_type(kind: Any, value: Any, path: str) -> Any:
 def _parse_text(kind: Any, text: str, path: str) -> Any:
   if isinstance(kind, types.GenericAlias):
     element = typing.get_args(kind)[0]
-    if element is PhaseConfig:
-      return _parse_phases(text, path)
+    if dataclasses.is_dataclass(element):
+      return check_type(kind, _parse_json_list(text, path), path)
     parts = text.strip("()[] ").split(",")
     parts = [part.strip(" '\"") for part in parts]
     return tuple(_parse_text(element, p, path) for p in parts if p)
@@ -179,13 +184,12 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
     raise ConfigError(f"{path}={text!r} must be {kind.__name__}") from None
 
 
-def _parse_phases(text: str, path: str) -> tuple[PhaseConfig, ...]:
-  """A JSON list of dictionaries, as config.json has them."""
+def _parse_json_list(text: str, path: str) -> Any:
+  """Dictionaries, as config.json has them."""
   try:
-    values = json.loads(text)
-  except ValueError as e:
+    return json.loads(text)
+  except (ValueError, RecursionError) as e:
     raise ConfigError(
-      f"{path} must be a JSON list of phases, such as "
-      f'[{{"name": "first", "steps": 100}}, {{"name": "rest"}}]: {e}'
+      f"{path} must be a JSON list of dictionaries, such as "
+      f'[{{"name": "first", ...}}, {{"name": "second", ...}}]: {e}'
     ) from None
-  return check_type(tuple[PhaseConfig, ...], values, path)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import re
 
 from moejax.config.fields import (
   option,
@@ -10,6 +11,8 @@ from moejax.config.fields import (
   require_choice,
   require_positive,
 )
+from moejax.errors import ConfigError
+from moejax.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +95,58 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalSetConfig:
+  """Something more to evaluate in training: text of its own, or a task.
+
+  In a config file a dictionary: `{"name": "books", "data": ("books/*.txt",)}`,
+  or `{"name": "copying", "task": "my_tasks.copying(length=20)", "every": 200}`.
+
+  Attributes:
+    name: unique; its metrics are `validation/NAME/...`.
+    data: sources, as in `data.sources`, of which nothing is trained on here;
+      `moejax data prepare` makes their stores too.
+    task: module and function of one's own, and its arguments. It is called as
+      `(run, **arguments)` with a `moejax.runs.Run` and returns numbers by name.
+    every: steps between evaluations; 0 takes eval.every.
+    num_batches: of `data`; 0 takes eval.num_batches.
+  """
+
+  name: str = ""
+  data: tuple[str, ...] = ()
+  task: str = ""
+  every: int = 0
+  num_batches: int = 0
+
+  def __post_init__(self):
+    require(
+      re.fullmatch(r"[\w.-]+", self.name) is not None
+      and self.name not in ("router", "sources"),
+      f"eval.sets: the name {self.name!r} is none of letters, digits, _ . - "
+      "(nor router or sources, which metrics are called)",
+    )
+    require(
+      bool(self.data) != bool(self.task),
+      f"eval.sets: {self.name} needs data or a task, one of them",
+    )
+    for name in ("every", "num_batches"):
+      value = getattr(self, name)
+      require(value >= 0, f"eval.sets: {self.name}: {name}={value} is negative")
+    assert not self.task or self.task_spec  # parses, and so checks it
+
+  @property
+  def task_spec(self) -> Spec:
+    try:
+      spec = Spec.parse(self.task)
+    except ValueError as e:
+      raise ConfigError(f"eval.sets: {self.name}: {e}") from None
+    require(
+      "." in spec.name,
+      f"eval.sets: {self.name}: task={self.task!r} is not MODULE.FUNCTION",
+    )
+    return spec
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
   """Validation during training."""
 
@@ -99,6 +154,12 @@ class EvalConfig:
   num_batches: int = option(16, "validation batches; fewer if they run out")
   batch_size: int = option(0, "rows per batch; 0 takes train.batch_size")
   ema: bool = option(False, "evaluate the averaged weights too")
+  sets: tuple[EvalSetConfig, ...] = option(
+    (), "more to evaluate on, each a dictionary; see docs/recipe.md"
+  )
+  task_errors: str = option(
+    "note", "a task that raises: note (and train on) or stop (after saving)"
+  )
   sample_prompt: str = option("", "text continued at each evaluation")
   sample_tokens: int = option(0, "tokens of that sample; 0 writes none")
 
@@ -106,3 +167,11 @@ class EvalConfig:
     for name in ("every", "batch_size", "sample_tokens"):
       require(getattr(self, name) >= 0, f"eval.{name} is negative")
     require_positive("eval", self, "num_batches")
+    require_choice("eval.task_errors", self.task_errors, ("note", "stop"))
+    names = [entry.name for entry in self.sets]
+    require(len(set(names)) == len(names), f"eval.sets: {names} repeats one")
+    for entry in self.sets:
+      require(
+        entry.every + self.every > 0,
+        f"eval.sets: {entry.name} has no interval; give every, or eval.every",
+      )

@@ -17,7 +17,8 @@ from moejax.data.loader import (
   validation_batches,
 )
 from moejax.data.phased import PhasedStores
-from moejax.data.store_set import StoreSet, open_stores
+from moejax.data.sources import metric_names
+from moejax.data.store_set import StoreSet, held_out_data, open_stores
 from moejax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -27,8 +28,10 @@ __all__ = [
   "StoreSet",
   "Tokenizer",
   "file_batches",
+  "held_out_data",
   "load_batches",
   "load_tokenizer",
+  "metric_names",
   "open_stores",
   "prepare",
   "train_tokenizer",

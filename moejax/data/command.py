@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from moejax import cli
-from moejax.config import DataConfig, phases_of
+from moejax.config import DataConfig, EvalSetConfig, phases_of
 from moejax.data import sources
 from moejax.data.builder import prepare
+from moejax.data.store_set import held_out_data
 from moejax.data.tokenizer import train_tokenizer
 from moejax.progress import format_seconds, progress_bar
 
@@ -84,10 +85,12 @@ def _prepare(
   parser: argparse.ArgumentParser, args: argparse.Namespace, extra: list[str]
 ) -> int:
   lengths: tuple[int, ...] = ()
+  held_out: tuple[EvalSetConfig, ...] = ()
   if args.config:
     whole = cli.parse_config(args.config, extra)
     config = whole.data
     lengths = tuple(p.config.data.seq_len for p in phases_of(whole))
+    held_out = tuple(entry for entry in whole.eval.sets if entry.data)
   elif args.sources:
     if extra:
       parser.error(f"unknown argument {extra[0]!r}")
@@ -100,6 +103,7 @@ def _prepare(
   changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
   if args.sources:
     changes |= {"sources": tuple(args.sources), "weights": ()}
+    held_out = ()
   config = dataclasses.replace(config, **changes)
   if args.processes < 0:
     parser.error("--processes is negative")
@@ -108,7 +112,8 @@ def _prepare(
   try:
     for seq_len in dict.fromkeys(lengths):  # of all phases
       rows = dataclasses.replace(config, seq_len=seq_len)
-      prepare(rows, processes=args.processes, rebuild=args.rebuild)
+      for data in (rows, *(held_out_data(rows, e) for e in held_out)):
+        prepare(data, processes=args.processes, rebuild=args.rebuild)
   except KeyboardInterrupt:
     print("interrupted; the same command goes on", file=sys.stderr)
     return 130

@@ -76,6 +76,7 @@ class BatchIterator:
       `packing.model_inputs`.
     loss_mask: bool [B, T].
     source: int32 [B], index into `StoreSet.stores`; -1 for padding rows.
+    source_ids: the same for each token, int32 [B, T].
     row: int64 [B], row of that store's split; -1 for padding rows.
   """
 
@@ -179,6 +180,7 @@ def validation_batches(
   batch_size: int,
   num_batches: int | None = None,
   *,
+  split: str = "validation",
   shards: Shards | None = None,
 ) -> BatchIterator:
   """Validation rows once, in an order that never changes.
@@ -191,23 +193,24 @@ def validation_batches(
     stores: as `open_stores` returns them.
     batch_size: rows of the global batch.
     num_batches: at most so many; None is all.
+    split: whose rows.
     shards: as in `load_batches`.
 
   Raises:
-    DataError: there are no validation rows; while iterating: as `load_batches`.
+    DataError: there are no such rows; while iterating: as `load_batches`.
   """
   shards = shards or Shards.even(batch_size)
-  total = stores.rows("validation")
+  total = stores.rows(split)
   if not total:
     raise DataError(
       "no validation rows: prepare again with more documents or a larger "
       "data.validation_fraction; train without evaluation by eval.every=0; "
       "evaluate a run on files by moejax eval RUN --data FILE"
     )
-  sizes = [float(s.rows("validation")) for s in stores.stores]
+  sizes = [float(s.rows(split)) for s in stores.stores]
   mixture = Mixture([(0, sizes)])
   rows = [
-    _rows(stores, number, "validation", _VALIDATION_SEED)
+    _rows(stores, number, split, _VALIDATION_SEED)
     for number in range(len(stores.stores))
   ]
   count = math.ceil(total / batch_size)
@@ -220,7 +223,7 @@ def validation_batches(
       elements = [rows[source][index] for source, index in picked]
       yield _stack(elements, len(shards.mine), stores.seq_len)
 
-  return BatchIterator(batches(), stores, "validation")
+  return BatchIterator(batches(), stores, split)
 
 
 def _pack_texts(
@@ -338,8 +341,10 @@ def _batch(elements: np.ndarray) -> Batch:
   # A copy: batches of reader processes lie in memory that is shared with them.
   elements = np.array(elements)
   inputs = packing.model_inputs(elements[:, 0, :-1], elements[:, 1, :-1])
+  source = elements[:, 0, -1].astype(np.int32)
   return inputs | {
-    "source": elements[:, 0, -1].astype(np.int32),
+    "source": source,
+    "source_ids": np.repeat(source[:, None], inputs["tokens"].shape[1], 1),
     "row": elements[:, 1, -1].astype(np.int64),
   }
 

@@ -8,6 +8,7 @@ state. Over any prefix of a phase each source has its exact share of rows, give
 or take one (proven for up to four sources; below 1.5 for up to eight).
 """
 
+import bisect
 import dataclasses
 import fractions
 import itertools
@@ -90,6 +91,52 @@ class Mixture:
 
   def _phase_of(self, row: int) -> _Phase:
     return next(p for p in reversed(self._phases) if row >= p.start)
+
+
+def first_beyond(
+  mixture: Mixture, source: int, size: int, rows: int
+) -> int | None:
+  """The first of `rows` global rows that wants row `size` of a source."""
+  if mixture.counts(rows)[source] <= size:
+    return None
+  taken = lambda row: mixture.counts(row + 1)[source]
+  return bisect.bisect_right(range(rows), size, key=taken)
+
+
+def without_exhausted(
+  stretches: Sequence[tuple[int, Sequence[float]]],
+  sizes: Sequence[int],
+  rows: int,
+) -> list[tuple[int, tuple[float, ...]]]:
+  """The stretches of a mixture, sources left out once all their rows are read.
+
+  Args:
+    stretches: as `Mixture` takes them.
+    sizes: rows of each source.
+    rows: global rows that will be read.
+
+  Raises:
+    ValueError: no source is left before the last row; its `args` are a message
+      and that row.
+  """
+  found = [(start, tuple(weights)) for start, weights in stretches]
+  while True:
+    mixture = Mixture(found)
+    ends = [
+      (row, source)
+      for source, size in enumerate(sizes)
+      if (row := first_beyond(mixture, source, size, rows)) is not None
+    ]
+    if not ends:
+      return found
+    cut, source = min(ends)
+    (at_cut,) = [w for start, w in found if start <= cut][-1:]
+    later = [(cut, at_cut), *((s, w) for s, w in found if s > cut)]
+    later = [(s, (*w[:source], 0.0, *w[source + 1 :])) for s, w in later]
+    for start, weights in later:
+      if not any(weights):
+        raise ValueError("no source is left", start)
+    found = [(s, w) for s, w in found if s < cut] + later
 
 
 def _share(node: _Node, count: int) -> int:

@@ -13,9 +13,10 @@ from typing import Self
 
 from moejax.config import Config, Phase, phases_of
 from moejax.data.loader import BatchIterator, Shards, load_batches
-from moejax.data.mixture import Mixture
+from moejax.data.mixture import Mixture, first_beyond, without_exhausted
 from moejax.data.store_set import StoreSet, open_stores
 from moejax.data.tokenizer import Tokenizer
+from moejax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,8 @@ class PhasedStores:
     """Opens and checks the stores of all phases.
 
     Raises:
-      DataError: as `open_stores`; also of phases that come later.
+      DataError: as `open_stores`; also of phases that come later. Sources that
+        run out before the end, where `data.exhausted` is to stop at that.
     """
     opened: dict[tuple, StoreSet] = {}
     for phase in phases_of(config):
@@ -46,7 +48,38 @@ class PhasedStores:
       opened[phase.config.data.seq_len, phase.config.data.weights]
       for phase in phases_of(config)
     )
-    return cls(config, tuple(found))
+    stores = cls(config, tuple(found))
+    stores.require_enough()
+    return stores
+
+  def require_enough(self) -> None:
+    """Refuses a run whose sources end before it does, if they are not repeated.
+
+    Raises:
+      DataError: naming the source and the last step that there are rows for.
+    """
+    for phase in self._phases:
+      self._stream(phase)
+
+  def describe_exhausted(self) -> list[str]:
+    """A line for each source that is read whole before the run's end."""
+    lines, seen = [], set()
+    for phase in self._phases:
+      if (stream := _stream_of(phase)) in seen:
+        continue
+      seen.add(stream)
+      _, mixture, rows = self._stream(phase)
+      counts = mixture.counts(rows)
+      for s, count in zip(self.of(phase).stores, counts):
+        size = s.rows("train")
+        if self.config.data.exhausted == "repeat" and count > size:
+          lines.append(f"{s.source} is read {count / size:.2f} times")
+        elif self.config.data.exhausted == "reweight" and count == size:
+          lines.append(
+            f"{s.source} is read whole before the end; the others share its "
+            "part from then on"
+          )
+    return lines
 
   def number(self, phase: Phase) -> int:
     """Which one of the run's, from 0."""
@@ -71,7 +104,7 @@ class PhasedStores:
       shards: as in `load_batches`.
     """
     config = phase.config
-    first_row, mixture = self._stream(phase)
+    first_row, mixture, _ = self._stream(phase)
     return load_batches(
       self.of(phase), config.data, "train", config.train.batch_size,
       config.seed, start_step=step - phase.start, shards=shards,
@@ -80,7 +113,7 @@ class PhasedStores:
 
   def rows_read(self, phase: Phase, step: int) -> tuple[int, ...]:
     """Rows of each source that the phase's stream has given after a step."""
-    first_row, mixture = self._stream(phase)
+    first_row, mixture, _ = self._stream(phase)
     return mixture.counts(
       first_row + (step - phase.start) * phase.config.train.batch_size
     )
@@ -89,8 +122,8 @@ class PhasedStores:
   def _phases(self) -> tuple[Phase, ...]:
     return phases_of(self.config)
 
-  def _stream(self, phase: Phase) -> tuple[int, Mixture]:
-    """The phase's first row in its stream, and the stream's mixture."""
+  def _stream(self, phase: Phase) -> tuple[int, Mixture, int]:
+    """The phase's first row in its stream; the stream's mixture and length."""
     weights: list[tuple[int, tuple[float, ...]]] = []
     first_row = row = 0
     for other, stores in zip(self._phases, self.stores):
@@ -99,7 +132,51 @@ class PhasedStores:
           first_row = row
         weights.append((row, stores.weights))
         row += (other.end - other.start) * other.config.train.batch_size
-    return first_row, Mixture(weights)
+    exhausted = self.config.data.exhausted
+    if exhausted == "repeat":
+      return first_row, Mixture(weights), row
+    sizes = [s.rows("train") for s in self.of(phase).stores]
+    if exhausted == "stop":
+      self._require_rows(phase, Mixture(weights), sizes, row)
+      return first_row, Mixture(weights), row
+    try:
+      weights = without_exhausted(weights, sizes, row)
+    except ValueError as e:
+      step = self._step_of(phase, e.args[1])
+      raise DataError(
+        f"all sources have been read whole after step {step}: set "
+        f"train.num_steps={step}, or data.exhausted=repeat"
+      ) from None
+    return first_row, Mixture(weights), row
+
+  def _require_rows(
+    self, phase: Phase, mixture: Mixture, sizes: list[int], rows: int
+  ) -> None:
+    """Raises DataError if a source has too few."""
+    ends = [
+      (row, source)
+      for source, size in enumerate(sizes)
+      if (row := first_beyond(mixture, source, size, rows)) is not None
+    ]
+    if ends:
+      row, source = min(ends)
+      step = self._step_of(phase, row)
+      raise DataError(
+        f"{self.of(phase).stores[source].source} has {sizes[source]:,} rows, "
+        f"which end after step {step}: set train.num_steps={step}, or "
+        "data.exhausted=repeat or reweight"
+      )
+
+  def _step_of(self, phase: Phase, row: int) -> int:
+    """Whole steps before a row of the phase's stream."""
+    for other in self._phases:
+      if _stream_of(other) == _stream_of(phase):
+        size = other.config.train.batch_size
+        steps = other.end - other.start
+        if row < steps * size:
+          return other.start + row // size
+        row -= steps * size
+    raise ValueError(f"the stream ends before row {row}")
 
 
 def _stream_of(phase: Phase) -> tuple[int, int]:

@@ -199,6 +199,15 @@ def slug(spec: str) -> str:
   return _slug(identity(spec))
 
 
+def metric_names(specs: Sequence[str]) -> tuple[str, ...]:
+  """A short name of each source for metrics; equal ones get numbers."""
+  slugs = [slug(spec) for spec in specs]
+  return tuple(
+    name if slugs.count(name) == 1 else f"{name}.{number}"
+    for number, name in enumerate(slugs)
+  )
+
+
 def file_digest(path: pathlib.Path) -> str:
   """SHA-256 of a file, hexadecimal."""
   digest = hashlib.sha256()

@@ -6,9 +6,8 @@ import pathlib
 
 import numpy as np
 
-from moejax.config import DataConfig
+from moejax.config import DataConfig, EvalSetConfig
 from moejax.data import sources, store
-from moejax.data.mixture import Mixture
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
@@ -34,11 +33,6 @@ class StoreSet:
   def rows(self, split: str) -> int:
     """Rows of all stores in `train` or `validation`."""
     return sum(s.rows(split) for s in self.stores)
-
-  def epochs(self, rows: int) -> tuple[float, ...]:
-    """How often each source's training rows are read by `rows` global rows."""
-    counts = Mixture([(0, self.weights)]).counts(rows)
-    return tuple(n / s.rows("train") for n, s in zip(counts, self.stores))
 
   @property
   def fingerprint(self) -> str:
@@ -77,6 +71,16 @@ def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
     stores.append(opened)
   weights = config.weights or tuple(float(s.rows("train")) for s in stores)
   return StoreSet(tuple(stores), weights, tokenizer.vocab_size, config.seq_len)
+
+
+def held_out_data(config: DataConfig, entry: EvalSetConfig) -> DataConfig:
+  """The data of a set that is evaluated on, in rows as the run's.
+
+  All of it: as training rows of a store of its own, which nothing trains on.
+  """
+  return dataclasses.replace(
+    config, sources=entry.data, weights=(), validation_fraction=0.0
+  )
 
 
 def _missing(config: DataConfig, spec: str, folder: pathlib.Path) -> str:

@@ -79,7 +79,7 @@ def write_report(
 
 def make_charts(run: RunData) -> dict[str, list[Chart]]:
   """All charts that this run has data for, by section."""
-  from moejax.report import curves, loads
+  from moejax.report import curves, domains, loads
 
   training = [
     curves.loss_chart(run), curves.learning_rate_chart(run),
@@ -99,9 +99,13 @@ def make_charts(run: RunData) -> dict[str, list[Chart]]:
   others = [
     curves.metric_chart(run, key)
     for key in run.metrics.columns
-    if key not in drawn
+    if key not in drawn and not key.startswith("sources/")
   ]
-  sections = {"": training, "Routing": routing, "Other metrics": others}
+  text = [domains.sources_chart(run), domains.held_out_chart(run)]
+  sections = {
+    "": training, "Routing": routing, "Kinds of text": text,
+    "Other metrics": others,
+  }  # fmt: skip
   return {
     heading: [chart for chart in charts if chart is not None]
     for heading, charts in sections.items()

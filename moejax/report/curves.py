@@ -288,36 +288,18 @@ def throughput_chart(run: RunData) -> Chart | None:
   return Chart("throughput", title, note, draw)
 
 
-def time_split(run: RunData) -> dict[str, float]:
-  """Seconds of the run by what they went into; empty without timing."""
-  timing = run.timing
-  if "seconds" not in timing:
-    return {}
-  known = {
-    key: np.nan_to_num(timing[key]) if key in timing else np.zeros(len(timing))
-    for key in ("seconds", "input_wait", "evaluation", "checkpoint")
-  }
-  rest = known["seconds"] - sum(
-    known[key] for key in ("input_wait", "evaluation", "checkpoint")
-  )
-  rest = np.maximum(rest, 0.0)
-  # The first step of a process compiles: it takes much longer than the others.
-  compiling = max(0.0, float(rest[0] - np.median(rest)))
-  return {
-    "training steps": float(rest.sum()) - compiling,
-    "first step, compiling": compiling,
-    "waiting for data": float(known["input_wait"].sum()),
-    "evaluation": float(known["evaluation"].sum()),
-    "checkpoints": float(known["checkpoint"].sum()),
-  }
-
-
 def time_chart(run: RunData) -> Chart | None:
-  """Where the time went."""
-  split = time_split(run)
-  total = sum(split.values())
-  if not total:
+  """Where the time went, from the first launch to the last step."""
+  found = run.goodput
+  if found is None or not found.total:
     return None
+  total = found.total
+  # Bars of nothing say nothing.
+  split = {
+    name: seconds
+    for name, seconds in found.parts.items()
+    if seconds >= 0.005 * total or name == "training steps"
+  }
 
   def draw(figure: Any, narrow: bool) -> None:
     ax = figure.subplots()
@@ -336,11 +318,13 @@ def time_chart(run: RunData) -> Chart | None:
     ax.set(xlim=(0, 1), ylim=(len(names) - 0.6, -0.75))
     ax.set_axis_off()
 
-  share = split["training steps"] / total
-  title = (
-    f"{percent(share)} of {format_seconds(total)} went into training steps"
-  )
-  note = "Of the training process, without pauses between."
+  title = f"Goodput: {percent(found.share)} of {format_seconds(total)}"
+  note = "Share of the time since the first launch that went into each part."
+  if found.launches > 1:
+    note += (
+      f" Launched {found.launches} times; {found.redone_steps:,} steps were "
+      "computed again."
+    )
   return Chart("time", title, note, draw)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from moejax import metrics
+from moejax import goodput, metrics
 from moejax.config import Config
 from moejax.errors import ConfigError, DataError
+from moejax.goodput import Goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class RunData:
     load_steps: steps of `loads`, int [S].
     loads: share of each layer's assignments by expert, [S, L, E]; S may be 0.
     samples: rows with step, prompt, text.
+    goodput: where the time went, as far as it is known.
   """
 
   name: str
@@ -65,6 +67,7 @@ class RunData:
   load_steps: np.ndarray
   loads: np.ndarray
   samples: list[dict[str, Any]]
+  goodput: Goodput | None = None
 
   @property
   def num_steps(self) -> int:
@@ -121,6 +124,7 @@ def load_run_data(workdir: Path) -> RunData:
     load_steps=load_steps,
     loads=loads,
     samples=[row for row in rows[metrics.SAMPLES] if "text" in row],
+    goodput=goodput.of_run(workdir),
   )
 
 

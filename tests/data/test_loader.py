@@ -312,17 +312,6 @@ def test_files_with_invalid_utf8_are_told_of(tmp_path, caplog):
   assert "bad.txt: 2 invalid UTF-8 sequences replaced" in caplog.text
 
 
-def test_epochs_of_each_source(made):
-  _, stores = made
-  assert stores.epochs(0) == (0, 0, 0)
-  rows = 10 * stores.rows("train")
-  expected = [
-    rows * weight / s.rows("train")
-    for weight, s in zip(stores.weights, stores.stores)
-  ]
-  assert np.allclose(stores.epochs(rows), expected, atol=0.05)
-
-
 def test_reading_is_ready_before_threads_start(made):
   """TFDS deadlocks when two threads import it at once (Python 3.11)."""
   read_row = loader._ReadRow(made[1].stores[0], "train", 0)

@@ -7,7 +7,7 @@ import pytest
 from moejax.optimizer import schedule_values
 from moejax.report import make_charts
 from moejax.report.charts import number, percent
-from moejax.report.curves import median_rate, time_split
+from moejax.report.curves import median_rate
 from moejax.report.rundata import load_run_data
 from moejax.report.style import new_figure, plot_style
 from tests.report.synthetic import Recipe, load, loss
@@ -118,12 +118,12 @@ def test_starving_experts_are_the_title(make_run, monkeypatch):
 
 
 def test_time_is_split_without_counting_twice(make_run):
-  run = load_run_data(make_run("a"))
-  split = time_split(run)
-  assert sum(split.values()) == pytest.approx(10.0 + 39 * 0.5)
-  assert split["first step, compiling"] == pytest.approx(9.5)
-  assert split["waiting for data"] == pytest.approx(40 * 0.05)
-  assert split["evaluation"] == pytest.approx(0.2)
+  found = load_run_data(make_run("a")).goodput
+  assert sum(found.parts.values()) == pytest.approx(found.total)
+  assert found.parts["waiting for data"] == pytest.approx(40 * 0.05)
+  assert found.parts["evaluation"] == pytest.approx(0.2)
+  assert found.parts["compiling"] == pytest.approx(4.0)
+  assert found.parts["training steps"] == pytest.approx(29.5 - 2.0 - 0.2)
 
 
 def test_speed_leaves_out_the_step_that_compiles(make_run):
