@@ -93,6 +93,8 @@ def _resolve(entry: EvalSetConfig) -> Task:
   spec = entry.task_spec
   module, _, function = spec.name.rpartition(".")
   where = f"eval.sets: {entry.name}: task {spec.name}"
+  if spec.is_of_python:
+    raise ConfigError(f"{where} is of Python's own library, which has no tasks")
   try:
     task = getattr(importlib.import_module(module), function)
     inspect.signature(task).bind(None, **spec.kwargs)

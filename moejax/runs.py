@@ -8,18 +8,20 @@ checkpoints/  one folder a step
 """
 
 import dataclasses
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from moejax.checkpoint import Checkpointer, CheckpointReader
-from moejax.cli import make_importable
 from moejax.config import (
   Config,
   ParallelConfig,
@@ -187,18 +189,55 @@ def read_config(workdir: str | os.PathLike) -> Config:
   path = Path(workdir) / "config.json"
   try:
     record = json.loads(path.read_text())
-    if record["router_home"]:
-      make_importable(record["router_home"])
-    return Config.from_dict(record["config"])
+    config = Config.from_dict(record["config"])
+    _require_trusted(config, Path(workdir), record["router_home"])
+    return config
   except FileNotFoundError:
     raise DataError(
       f"{workdir} is not the folder of a run: it has no config.json; start one "
       "with moejax train --config=... --workdir=..."
     ) from None
+  except ConfigError as e:
+    raise ConfigError(f"{path}: {e}") from e
   except (KeyError, TypeError, UnicodeDecodeError, OSError) as e:
     raise DataError(f"{path} cannot be read: {e!r}") from e
-  except json.JSONDecodeError as e:
+  except (ValueError, RecursionError) as e:
     raise DataError(f"{path} is damaged: {e}") from e
+
+
+def _require_trusted(config: Config, workdir: Path, home: str | None) -> None:
+  """Code of one's own comes from where Python looks, as for any import.
+
+  What a run's folder names or holds is data: it adds no folder to that, and no
+  code in it is run.
+
+  Raises:
+    ConfigError: a router that is not to be found, or a router or task that lies
+      in the run's folder.
+  """
+  router = config.model.moe.router_spec.name
+  tasks = [entry.task_spec.name for entry in config.eval.sets if entry.task]
+  for name in (router, *tasks):
+    package, dot, _ = name.partition(".")
+    if not dot or package in sys.modules:
+      continue
+    spec = importlib.util.find_spec(package)
+    if spec is None and name == router:
+      raise ConfigError(
+        f"the router {name} cannot be imported from here; if you trust the "
+        "code that the run was trained with, start in its folder, or with "
+        f"PYTHONPATH={home or 'FOLDER'}"
+      )
+    if spec is not None and _lies_in(spec, workdir.resolve()):
+      raise ConfigError(
+        f"{name} lies in the run's own folder, from which no code is run; if "
+        "you trust it, move it elsewhere and start there"
+      )
+
+
+def _lies_in(spec: importlib.machinery.ModuleSpec, folder: Path) -> bool:
+  places = [spec.origin, *(spec.submodule_search_locations or ())]
+  return any(folder in Path(p).resolve().parents for p in places if p)
 
 
 def write_files(

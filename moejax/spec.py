@@ -6,6 +6,7 @@ The string is parsed, never evaluated: a dotted name and keyword literals.
 
 import ast
 import dataclasses
+import sys
 from typing import Any, Self
 
 
@@ -39,6 +40,11 @@ class Spec:
           f"{text!r}: {keyword.arg} must be a literal such as 8, 0.5 or 'name'"
         ) from None
     return cls(_dotted(call.func, text), kwargs)
+
+  @property
+  def is_of_python(self) -> bool:
+    """Whether it is of Python's own library, where nothing is to be named."""
+    return self.name.partition(".")[0] in sys.stdlib_module_names
 
   def __str__(self) -> str:
     options = ", ".join(f"{k}={v!r}" for k, v in self.kwargs.items())

@@ -277,7 +277,7 @@ def test_diverged_parameters_are_never_saved(place):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), step
 
 
-def test_a_router_of_ones_own_is_found_again(place, tmp_path):
+def test_a_router_of_ones_own_is_found_where_python_looks(place, tmp_path):
   (place / "mine.py").write_text(
     "from moejax.routing import top_k\n"
     "def worst(logits_TE, mask_T, *, k, rng=None):\n"
@@ -288,13 +288,27 @@ def test_a_router_of_ones_own_is_found_again(place, tmp_path):
     "--config.train.num_steps=16", "--config.eval.sample_tokens=0",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  # From elsewhere, as the installed command: neither folder is on the path.
-  text = subprocess.run(
-    [sys.executable, "-P", "-m", "moejax", "generate", str(place / "mine"),
-     "--max-tokens=2"],
-    cwd=tmp_path, env=environment(), capture_output=True, text=True,
-  )  # fmt: skip
-  assert text.returncode == 0, text.stderr
+
+  def generate(where, **more):
+    # As the installed command: neither folder is on the path.
+    return subprocess.run(
+      [sys.executable, "-P", "-m", "moejax", "generate", str(place / "mine"),
+       "--max-tokens=2"],
+      cwd=where, env=environment() | more, capture_output=True, text=True,
+    )  # fmt: skip
+
+  assert generate(place).returncode == 0
+  elsewhere = generate(tmp_path)
+  assert elsewhere.returncode == 2
+  assert f"PYTHONPATH={place}" in elsewhere.stderr
+  paths = os.pathsep.join([str(place), environment()["PYTHONPATH"]])
+  assert generate(tmp_path, PYTHONPATH=paths).returncode == 0
+  # A folder from elsewhere may bring code; it is not run.
+  (place / "mine" / "mine.py").write_text("open('was_run', 'w')\n")
+  inside = generate(place / "mine")
+  assert inside.returncode == 2
+  assert "lies in the run's own folder" in inside.stderr
+  assert not (place / "mine" / "was_run").exists()
 
 
 def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):

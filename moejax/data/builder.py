@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from moejax.config import DataConfig
+from moejax.data import manifest as manifest_lib
 from moejax.data import parts, sources, store, workers
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import DataError
@@ -76,7 +77,7 @@ def _prepare_source(
 ) -> pathlib.Path:
   folder = store.store_path(config, spec, tokenizer)
   source = sources.open_source(spec, config.text_key)
-  finished = (folder / store.MANIFEST).exists()
+  finished = (folder / manifest_lib.MANIFEST).exists()
   known = store.read_verified(folder)["sources"]
   digests = _digest_sources(source, known)
   if finished:
@@ -288,16 +289,16 @@ def _finish(
       f"documents, {manifest['validation_documents']} in validation; split the "
       "text into more documents, or lower data.validation_fraction"
     )
-  for split in store.SPLITS:
+  for split in manifest_lib.SPLITS:
     if split not in manifest["splits"]:
-      for path in building.glob(f"{store.DATASET}-{split}.*"):
+      for path in building.glob(f"{manifest_lib.DATASET}-{split}.*"):
         path.unlink()
   dtype = store.token_dtype(tokenizer.vocab_size)
   try:
     store.write_metadata(building, plan.key["seq_len"], dtype, manifest)
     (building / SOURCES).write_text(json.dumps(plan.digests, indent=1))
     text = json.dumps(manifest, indent=1, sort_keys=True)
-    write_atomically(building / store.MANIFEST, text)
+    write_atomically(building / manifest_lib.MANIFEST, text)
   except OSError as e:
     raise DataError(f"cannot write {building}: {e.strerror}") from None
   shards = {}
@@ -323,7 +324,7 @@ def _manifest(
     if name != "shards":
       manifest[name] = sum(summary[name] for summary in summaries)
   manifest["splits"] = {}
-  for split in store.SPLITS:
+  for split in manifest_lib.SPLITS:
     shards = [summary["shards"][split] for summary in summaries]
     rows = sum(shard["rows"] for shard in shards)
     if rows:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.data import manifest as manifest_lib
 from moejax.data import sources, store
 from moejax.data.packing import MIN_PIECE, Packer
 from moejax.data.tokenizer import Tokenizer
@@ -81,8 +82,8 @@ def write_part(
   )  # fmt: skip
   writers: dict[str, _ShardWriter] = {}
   try:
-    for split in store.SPLITS:
-      name = store.shard_name(split, index, len(plan.parts))
+    for split in manifest_lib.SPLITS:
+      name = manifest_lib.shard_name(split, index, len(plan.parts))
       writers[split] = _ShardWriter(folder / name, plan, tokenizer)
     reported = 0.0
     for piece in plan.parts[index]:

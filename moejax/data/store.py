@@ -20,14 +20,11 @@ import numpy as np
 
 from moejax.config import DataConfig
 from moejax.data import sources
+from moejax.data.manifest import DATASET, FORMAT, MANIFEST, read_manifest
 from moejax.data.packing import Row
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
-FORMAT = 1
-DATASET = "token_store"
-SPLITS = ("train", "validation")
-MANIFEST = "manifest.json"
 VERIFIED = "verified.json"
 _THREADS = 4
 
@@ -63,10 +60,6 @@ def store_key(
     "seq_len": config.seq_len,
     "validation_fraction": config.validation_fraction,
   }
-
-
-def shard_name(split: str, index: int, count: int) -> str:
-  return f"{DATASET}-{split}.array_record-{index:05d}-of-{count:05d}"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -127,29 +120,6 @@ def write_metadata(
     description="Rows of tokens, packed by moejax.",
     check_data=False,
   )
-
-
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  """The manifest of a finished store.
-
-  Raises:
-    DataError: missing, damaged, or written by another version of moejax.
-  """
-  path = folder / MANIFEST
-  try:
-    manifest = json.loads(path.read_text())
-    found = manifest["format"]
-  except (OSError, ValueError, KeyError, TypeError) as e:
-    raise DataError(
-      f"{path} is missing or damaged ({e!r}); delete the folder and prepare "
-      "again"
-    ) from None
-  if found != FORMAT:
-    raise DataError(
-      f"{folder} has format {found}, this moejax reads {FORMAT}; prepare it "
-      "again"
-    )
-  return manifest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,17 +196,20 @@ class TokenStore:
     try:
       record = self._readers[split][row]
       feature = _example_class().FromString(record).features.feature
-      tokens = feature["tokens"].bytes_list.value[0]
-      segment_ids = feature["segment_ids"].bytes_list.value[0]
+      found = Row(
+        np.frombuffer(feature["tokens"].bytes_list.value[0], self.dtype),
+        np.frombuffer(feature["segment_ids"].bytes_list.value[0], "<u2"),
+      )
+      lengths = {len(found.tokens), len(found.segment_ids)}
+      if lengths != {self.seq_len + 1}:
+        raise ValueError(f"of lengths {lengths}")
     except Exception as e:  # array_record and protobuf share no base
       raise DataError(
         f"{self._shard_of(split, row)}: row {row} is unreadable "
         f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); put the "
         "file back, or delete the store and prepare again"
       ) from None
-    return Row(
-      np.frombuffer(tokens, self.dtype), np.frombuffer(segment_ids, "<u2")
-    )
+    return found
 
   def verify(self) -> None:
     """Checks sizes always, and each shard's SHA-256 once after it changed.
@@ -328,8 +301,8 @@ def read_verified(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
   """What is remembered of checked files: `shards` and `sources`, by name."""
   try:
     known = json.loads((folder / VERIFIED).read_text())
-    return {"shards": known["shards"], "sources": known["sources"]}
-  except (OSError, ValueError, KeyError, TypeError):
+    return {"shards": dict(known["shards"]), "sources": dict(known["sources"])}
+  except (OSError, ValueError, KeyError, TypeError, RecursionError):
     return {"shards": {}, "sources": {}}  # only a memory; all is checked again
 
 

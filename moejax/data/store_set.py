@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 
 from moejax.config import DataConfig, EvalSetConfig
+from moejax.data import manifest as manifest_lib
 from moejax.data import sources, store
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
@@ -60,7 +61,7 @@ def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
   stores = []
   for spec in config.sources:
     folder = store.store_path(config, spec, tokenizer)
-    if not (folder / store.MANIFEST).exists():
+    if not (folder / manifest_lib.MANIFEST).exists():
       raise DataError(_missing(config, spec, folder))
     opened = store.TokenStore.open(folder, tokenizer)
     if opened.seq_len != config.seq_len:
@@ -87,7 +88,7 @@ def _missing(config: DataConfig, spec: str, folder: pathlib.Path) -> str:
   slug = sources.slug(spec)
   others = sorted(
     path.parent.name
-    for path in folder.parent.glob(f"{slug}-*/{store.MANIFEST}")
+    for path in folder.parent.glob(f"{slug}-*/{manifest_lib.MANIFEST}")
   )
   near = f" (there is {', '.join(others)})" if others else ""
   return (

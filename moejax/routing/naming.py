@@ -31,6 +31,11 @@ def resolve(spec: Spec) -> Router:
   """
   module_name, _, name = spec.name.rpartition(".")
   module_name = module_name or "moejax.routing"
+  if spec.is_of_python:
+    raise ConfigError(
+      f"model.moe.router: {spec.name} is of Python's own library, which has no "
+      "routers"
+    )
   module = _imported(module_name, spec)
   if not hasattr(module, name):
     known = routers_of(module)

@@ -16,8 +16,8 @@ import pytest
 
 from moejax.config import DataConfig
 from moejax.data import builder, load_tokenizer, open_stores, prepare
+from moejax.data.manifest import read_manifest
 from moejax.data.parts import is_validation
-from moejax.data.store import read_manifest
 from moejax.errors import DataError
 from tests.data.corpora import contents, quiet, write_corpus
 

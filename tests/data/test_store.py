@@ -16,7 +16,8 @@ from moejax.data import (
   sources,
   train_tokenizer,
 )
-from moejax.data.store import TokenStore, read_manifest, store_path
+from moejax.data.manifest import read_manifest
+from moejax.data.store import TokenStore, store_path
 from moejax.errors import DataError
 from tests.data.corpora import make_stores
 
