@@ -103,8 +103,8 @@ def evaluate_batches(
     tokens += float(sums.tokens)
     num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
     if names:
-      bytes_S = _bytes_by_source(batch, tokenizer, len(names))
-      by_source += np.stack([sums.xent_S, sums.tokens_S, bytes_S])
+      bytes_U = _bytes_by_source(batch, tokenizer, len(names))
+      by_source += np.stack([sums.xent_U, sums.tokens_U, bytes_U])
     if batch_stats is not None:
       if stats is not None:
         batch_stats = jax.tree.map(np.add, stats, batch_stats)

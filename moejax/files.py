@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small text files that are whole or not there."""
+"""Small text files that are whole or not there, and where caches lie."""
 
 import os
 import pathlib
+
+
+def cache_folder(name: str) -> pathlib.Path:
+  """A folder of this user for what can be made again; may not exist yet."""
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(base) / "moejax" / name
 
 
 def write_atomically(path: str | os.PathLike, text: str) -> None:

@@ -3,10 +3,14 @@
 
 import ctypes
 import glob
+import hashlib
 import os
 import pathlib
+import platform
 
 import jax
+
+from moejax.files import cache_folder
 
 # Dense bf16 FLOP/s of one device, from the vendors' data sheets.
 PEAK_FLOPS = {
@@ -62,6 +66,34 @@ def keep_freed_memory() -> bool:
     return False
   _ask_for_huge_pages(libc)
   return True
+
+
+def keep_programs() -> None:
+  """Keeps compiled programs in this user's cache, so that a restart is short.
+
+  Never in the folder of a run: a program is code, and such a folder may come
+  from elsewhere. Nothing is changed where JAX was told a folder before
+  (`JAX_COMPILATION_CACHE_DIR`).
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  try:
+    folder = cache_folder("programs") / _cpu()
+  except RuntimeError:
+    return  # a user without a home
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _cpu() -> str:
+  """Tells apart CPUs whose programs do not run on each other."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  flags = [line for line in lines if line.startswith(("flags", "Features"))]
+  text = "\n".join([platform.platform(), *flags[:1]])
+  return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:

@@ -21,7 +21,7 @@ from moejax.hardware import peak_flops
 from moejax.held_out import VALIDATION, HeldOut, TaskError
 from moejax.metrics import SKIPPED, RunLog
 from moejax.models import Transformer, build, train_flops_per_token
-from moejax.parallel import on_one_device
+from moejax.parallel import differing_copies, on_one_device
 from moejax.profiling import Profiler, ProfileWindow
 from moejax.progress import TrainProgress
 from moejax.runlock import PreemptionGuard
@@ -63,9 +63,9 @@ class Loop:
     self.held_out = held_out
     self.names = source_names(config)
     self.tokens_seen = restored.meta["tokens_seen"] if restored else 0
-    self.tokens_S = np.zeros(len(self.names), np.int64)
+    self.tokens_U = np.zeros(len(self.names), np.int64)
     if restored:
-      self.tokens_S += np.array(restored.meta["source_tokens"], np.int64)
+      self.tokens_U += np.array(restored.meta["source_tokens"], np.int64)
     self.saved_step = -1
     self.profiler = Profiler(profile, workdir)
     # Step, metrics, and the rows of its batch, [B, 2]: source, row.
@@ -169,11 +169,11 @@ class Loop:
 
   def _of_sources(self, metrics: dict[str, Any]) -> dict[str, Any]:
     """Mean loss of each source's targets, and how many there have been."""
-    xent_S, tokens_S = metrics.pop("xent_S"), metrics.pop("tokens_S")
-    self.tokens_S += tokens_S.astype(np.int64)
+    xent_U, tokens_U = metrics.pop("xent_U"), metrics.pop("tokens_U")
+    self.tokens_U += tokens_U.astype(np.int64)
     found = {}
     for name, xent, tokens, total in zip(
-      self.names, xent_S, tokens_S, self.tokens_S
+      self.names, xent_U, tokens_U, self.tokens_U
     ):
       found[f"sources/{name}/tokens"] = total
       if tokens:
@@ -275,7 +275,8 @@ class Loop:
           values |= self.held_out.evaluate(name, run)
         except TaskError as e:
           failed.append(str(e))
-      self.log.evaluation(self.step, values)
+      if values:
+        self.log.evaluation(self.step, values)
       sample = config.eval.sample_tokens and can_generate(config.model)
       if VALIDATION in due and sample:
         self._sample()
@@ -319,14 +320,29 @@ class Loop:
     )  # fmt: skip
     self.log.sample(self.step, prompt, text)
 
+  def _check_copies(self) -> None:
+    """Devices that hold copies of an array must agree before it is saved."""
+    if not self.config.checkpoint.compare_copies:
+      return
+    if differ := differing_copies(self.state):
+      self.checkpoints.wait()
+      more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+      raise UserError(
+        f"devices hold different copies of {differ[0]}{more} after step "
+        f"{self.step}: a device or its memory is faulty; the step is not saved "
+        f"(newest checkpoint: {self.checkpoints.latest()}). Leave that machine "
+        "out, and run the same command to go on"
+      )
+
   def _save(self) -> None:
     with self._timed("checkpoint"):
+      self._check_copies()
       # Log lines first: a checkpoint of step n promises lines 1..n.
       self.log.flush()
       meta = {
         "step": self.step,
         "tokens_seen": self.tokens_seen,
-        "source_tokens": self.tokens_S.tolist(),
+        "source_tokens": self.tokens_U.tolist(),
         "config": self.config.to_dict(),
         "tokenizer": self.tokenizer.digest,
         "data": self.stores.fingerprints,

@@ -47,15 +47,15 @@ class LossSums:
     xent: sum of next-token cross entropies, in nats.
     z: sum of squared logsumexp of the logits.
     tokens: number of targets.
-    xent_S, tokens_S: both by source of the row; None where not asked for.
+    xent_U, tokens_U: both by source of the row; None where not asked for.
   """
 
   total: Array
   xent: Array
   z: Array
   tokens: Array
-  xent_S: Array | None = None
-  tokens_S: Array | None = None
+  xent_U: Array | None = None
+  tokens_U: Array | None = None
 
 
 def next_token_sums(
@@ -88,15 +88,15 @@ def next_token_sums(
   chunk = min(chunk_size, T)
   pad = -T % chunk
   fold = lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(
-    -1, chunk, *x.shape[1:]
+    (T + pad) // chunk, chunk, *x.shape[1:]
   )
-  of_source_TS = jnp.zeros((T, 0), bool)
+  of_source_TU = jnp.zeros((T, 0), bool)
   if num_sources:
-    of_source_TS = source_T[:, None] == jnp.arange(num_sources)
-    of_source_TS &= mask_T[:, None]
-  xent, z, xent_S = _xent_sums(
+    of_source_TU = source_T[:, None] == jnp.arange(num_sources)[None]
+    of_source_TU &= mask_T[:, None]
+  xent, z, xent_U = _xent_sums(
     z_weight, fold(hidden_TD), table_VD, fold(targets_T), fold(mask_T),
-    fold(of_source_TS),
+    fold(of_source_TU),
   )  # fmt: skip
   tokens = mask_T.sum(dtype=jnp.float32)
   # `xent` already carries the gradient of the z term: see _xent_fwd.
@@ -104,12 +104,12 @@ def next_token_sums(
   sums = LossSums(total, jax.lax.stop_gradient(xent), z, tokens)
   if not num_sources:
     return sums
-  tokens_S = of_source_TS.sum(0, dtype=jnp.float32)
-  return sums.replace(xent_S=jax.lax.stop_gradient(xent_S), tokens_S=tokens_S)
+  tokens_U = of_source_TU.sum(0, dtype=jnp.float32)
+  return sums.replace(xent_U=jax.lax.stop_gradient(xent_U), tokens_U=tokens_U)
 
 
 @jax.custom_vjp
-def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
+def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTU):
   """(xent, z, xent by source); xent's gradient is that of xent + z_weight z."""
   table = table_VD.astype(hidden_CTD.dtype)
 
@@ -117,16 +117,16 @@ def _xent_sums(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
     more, _ = _chunk_sums(table, *inputs)
     return jax.tree.map(jnp.add, sums, more), None
 
-  chunks = (hidden_CTD, targets_CT, mask_CT, of_CTS)
-  return jax.lax.scan(chunk, _zero_sums(of_CTS), chunks)[0]
+  chunks = (hidden_CTD, targets_CT, mask_CT, of_CTU)
+  return jax.lax.scan(chunk, _zero_sums(of_CTU), chunks)[0]
 
 
-def _zero_sums(of_CTS):
+def _zero_sums(of_CTU):
   zero = jnp.zeros((), jnp.float32)
-  return zero, zero, jnp.zeros(of_CTS.shape[-1], jnp.float32)
+  return zero, zero, jnp.zeros(of_CTU.shape[-1], jnp.float32)
 
 
-def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T, of_TS):
+def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T, of_TU):
   """Sums of one chunk, and what its gradient needs."""
   logits_TV = jnp.einsum(
     "td,vd->tv", hidden_TD, table_VD, preferred_element_type=jnp.float32
@@ -136,11 +136,11 @@ def _chunk_sums(table_VD, hidden_TD, targets_T, mask_T, of_TS):
   xent_T = jnp.where(mask_T, lse_T - target_T, 0.0)
   z = jnp.where(mask_T, lse_T**2, 0.0).sum()
   # No product with zero: what is not finite is of one source.
-  xent_S = jnp.where(of_TS, xent_T[:, None], 0.0).sum(0)
-  return (xent_T.sum(), z, xent_S), (logits_TV, lse_T)
+  xent_U = jnp.where(of_TU, xent_T[:, None], 0.0).sum(0)
+  return (xent_T.sum(), z, xent_U), (logits_TV, lse_T)
 
 
-def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
+def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTU):
   dtype = hidden_CTD.dtype
   table = table_VD.astype(dtype)
   V = table_VD.shape[0]
@@ -163,9 +163,9 @@ def _xent_fwd(z_weight, hidden_CTD, table_VD, targets_CT, mask_CT, of_CTS):
     )
     return (jax.tree.map(jnp.add, sums, more), d_table_VD), d_hidden_TD
 
-  init = (_zero_sums(of_CTS), jnp.zeros(table_VD.shape, jnp.float32))
+  init = (_zero_sums(of_CTU), jnp.zeros(table_VD.shape, jnp.float32))
   (sums, d_table_VD), d_hidden_CTD = jax.lax.scan(
-    chunk, init, (hidden_CTD, targets_CT, mask_CT, of_CTS)
+    chunk, init, (hidden_CTD, targets_CT, mask_CT, of_CTU)
   )
   return sums, (d_hidden_CTD, d_table_VD.astype(table_VD.dtype))
 

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from moejax.config import (
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.files import write_atomically
-from moejax.hardware import keep_freed_memory
+from moejax.hardware import keep_freed_memory, keep_programs
 from moejax.models import (
   Transformer,
   Variables,
@@ -89,6 +88,7 @@ def load_run(
       that is not the one it was trained with.
   """
   keep_freed_memory()
+  keep_programs()
   of_run = read_config(workdir)
   config = phases_of(of_run)[0].config  # phases differ in no shape
   if parallel is None:
@@ -218,8 +218,8 @@ def _require_trusted(config: Config, workdir: Path, home: str | None) -> None:
   router = config.model.moe.router_spec.name
   tasks = [entry.task_spec.name for entry in config.eval.sets if entry.task]
   for name in (router, *tasks):
-    package, dot, _ = name.partition(".")
-    if not dot or package in sys.modules:
+    package, *inner, _ = name.split(".") if "." in name else ("", "")
+    if package in ("", "__main__"):
       continue
     spec = importlib.util.find_spec(package)
     if spec is None and name == router:
@@ -228,16 +228,20 @@ def _require_trusted(config: Config, workdir: Path, home: str | None) -> None:
         "code that the run was trained with, start in its folder, or with "
         f"PYTHONPATH={home or 'FOLDER'}"
       )
-    if spec is not None and _lies_in(spec, workdir.resolve()):
+    if spec is not None and _lies_in(spec, inner, workdir.resolve()):
       raise ConfigError(
         f"{name} lies in the run's own folder, from which no code is run; if "
         "you trust it, move it elsewhere and start there"
       )
 
 
-def _lies_in(spec: importlib.machinery.ModuleSpec, folder: Path) -> bool:
-  places = [spec.origin, *(spec.submodule_search_locations or ())]
-  return any(folder in Path(p).resolve().parents for p in places if p)
+def _lies_in(
+  spec: importlib.machinery.ModuleSpec, inner: list[str], folder: Path
+) -> bool:
+  """Whether a module of a package does, which is not imported for that."""
+  found = spec.submodule_search_locations or [spec.origin or ""]
+  places = [Path(place, *inner).resolve() for place in found]
+  return any(folder in (place, *place.parents) for place in places)
 
 
 def write_files(

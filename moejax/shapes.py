@@ -13,9 +13,9 @@ same rule (`w_gate_EDF`), and einsum letters match the suffixes.
   H  size of one head           L  layers
   G  query heads per KV, groups R  repeats of the layer pattern
   Z  width of a latent vector   P  devices of a mesh axis
-  W  last steps that count
+  W  last steps that count      U  sources of the data
 
 Where a layer flattens its rows, `T` counts all of the batch's tokens.
 """
 
-LEGEND = "BTSDNKHGEXACFVLRZPW"
+LEGEND = "BTSDNKHGEXACFVLRZPWU"

@@ -165,8 +165,8 @@ def make_train_step(
   Its metrics are the loss terms, `grad_norm`, `param_norm` (of the result),
   `learning_rate`, `tokens` (targets of the batch), the router's, `load_LE`,
   each expert's share, `skipped`, why the step was not taken (0: it was),
-  `skipped_in_a_row` and, of several sources, `xent_S` and `tokens_S`, sums over
-  the targets of each.
+  `skipped_in_a_row`, `batch_digest` and, of several sources, `xent_U` and
+  `tokens_U`, sums over the targets of each.
   """
   schedule = run_schedule(config)
   optimizer = make_optimizer(config)
@@ -207,12 +207,13 @@ def make_train_step(
     state = state.replace(
       step=state.step + 1, guard=guard.after(verdict, loss, norm)
     )
-    if sums.xent_S is not None:
-      metrics |= {"xent_S": sums.xent_S, "tokens_S": sums.tokens_S}
+    if sums.xent_U is not None:
+      metrics |= {"xent_U": sums.xent_U, "tokens_U": sums.tokens_U}
     metrics |= {
       "grad_norm": norm, "learning_rate": rate, "tokens": sums.tokens,
       "param_norm": optax.tree.norm(state.params), "skipped": verdict,
       "skipped_in_a_row": state.guard.in_a_row,
+      "batch_digest": _digest(batch),
     }  # fmt: skip
     return state, metrics | _of_routers(state, stats)
 
@@ -242,6 +243,16 @@ def _of_routers(
       [jnp.abs(b).max() for b in biases]
     ).max()
   return found
+
+
+def _digest(batch: Batch) -> Array:
+  """uint32 of a global batch, the same however it is split over devices."""
+  shape = batch["tokens"].shape
+  # Times odd numbers, modulo 2^32: any token in another place is another sum.
+  odd_BT = 2 * jax.lax.iota(jnp.uint32, shape[0] * shape[1]).reshape(shape) + 1
+  parts = (batch[key].astype(jnp.uint32) for key in ("tokens", "segment_ids"))
+  sums = [(part_BT * odd_BT).sum(dtype=jnp.uint32) for part_BT in parts]
+  return sums[0] + 0x9E3779B9 * sums[1]
 
 
 def _average(config: Config, ema: Any, params: Any) -> Any:
@@ -302,21 +313,21 @@ def _forward_sums(config, model, variables, batch, rng_B, at=None):
   table_VD = model.apply(variables, method="output_table")
 
   # Of one source, all sums are its sums.
-  S = len(config.data.sources) if len(config.data.sources) > 1 else 0
+  U = len(config.data.sources) if len(config.data.sources) > 1 else 0
 
   def local(table_VD, z_weight, hidden_BTD, *labels):
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     hidden_TD, targets_T, mask_T, *source_T = map(flat, (hidden_BTD, *labels))
     return losses.next_token_sums(
       hidden_TD, table_VD, targets_T, mask_T, z_weight, config.loss.chunk_size,
-      *source_T, num_sources=S,
+      *source_T, num_sources=U,
     )  # fmt: skip
 
   # Every device takes tokens of its own, also those that share heads.
   tokens = Axes("batch", "spread_tokens")
   hidden = Axes("batch", "spread_tokens", None)
   labels = [batch["targets"], batch["loss_mask"]]
-  labels += [batch["source_ids"]] if S else []
+  labels += [batch["source_ids"]] if U else []
   sums = model.placement.local(
     local, (TABLE, Axes(), hidden, *[tokens] * len(labels)),
     Partial(Axes(), tuple(tokens)),

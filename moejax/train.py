@@ -33,7 +33,7 @@ from moejax.config import (
 from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
 from moejax.generate import can_generate
-from moejax.hardware import keep_freed_memory
+from moejax.hardware import keep_freed_memory, keep_programs
 from moejax.held_out import HeldOut
 from moejax.init_from import weights_of
 from moejax.loop import Loop
@@ -111,6 +111,7 @@ def train(
   """
   workdir, began = Path(workdir), time.time()
   keep_freed_memory()
+  keep_programs()
   # Before anything is written: what is wrong with the data or the config.
   refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)

@@ -270,3 +270,28 @@ def test_each_weight_counts_its_own_term():
     loss, terms = losses.total_loss(config, sums, stats)
     np.testing.assert_allclose(terms[f"loss/{name}"], of(), rtol=1e-6)
     np.testing.assert_allclose(loss - base, 0.5 * of(), rtol=1e-4)
+
+
+def test_sums_by_source_are_parts_of_the_sum():
+  source_T = jnp.arange(T) % 3
+
+  def sums_of(hidden, sources=None, count=0):
+    return losses.next_token_sums(
+      hidden, TABLE, TARGETS, MASK, 0.3, 4, sources, count
+    )
+
+  sums = sums_of(HIDDEN, source_T, 4)
+  logits = HIDDEN @ TABLE.T
+  xent_T = jax.nn.logsumexp(logits, -1) - logits[jnp.arange(T), TARGETS]
+  for s in range(4):
+    own_T = MASK & (source_T == s)
+    np.testing.assert_allclose(
+      sums.xent_U[s], jnp.where(own_T, xent_T, 0).sum(), 1e-5
+    )
+    assert sums.tokens_U[s] == own_T.sum()
+  # And change nothing else.
+  plain, apart = (
+    jax.value_and_grad(lambda h, more=more: sums_of(h, *more).total)(HIDDEN)
+    for more in ((), (source_T, 4))
+  )
+  jax.tree.map(np.testing.assert_array_equal, plain, apart)

@@ -309,6 +309,16 @@ def test_a_router_of_ones_own_is_found_where_python_looks(place, tmp_path):
   assert inside.returncode == 2
   assert "lies in the run's own folder" in inside.stderr
   assert not (place / "mine" / "was_run").exists()
+  (place / "mine" / "mine.py").unlink()
+  # Nor by a way around: the folders above it are packages to Python.
+  path = place / "mine" / "config.json"
+  path.write_text(path.read_text().replace("mine.worst", "mine.evil.worst"))
+  (place / "mine" / "evil.py").write_text("open('was_run', 'w')\n")
+  (place / "mine.py").rename(place / "other.py")
+  above = generate(place)
+  assert above.returncode == 2
+  assert "lies in the run's own folder" in above.stderr
+  assert not (place / "was_run").exists()
 
 
 def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):

@@ -46,6 +46,7 @@ from moejax.config.options import (
 from moejax.config.runtime import (
   CheckpointConfig,
   EvalConfig,
+  EvalSetConfig,
   ParallelConfig,
 )
 from moejax.config.train import (
@@ -59,6 +60,7 @@ __all__ = [
   "Config",
   "DataConfig",
   "EvalConfig",
+  "EvalSetConfig",
   "LayerConfig",
   "LossConfig",
   "MLAConfig",

@@ -83,6 +83,11 @@ class CheckpointConfig:
   every: int = option(1000, "steps between checkpoints")
   keep_last: int = option(2, "newest checkpoints to keep")
   keep_every: int = option(0, "keep each multiple of this for good; 0 is none")
+  compare_copies: bool = option(
+    True,
+    "before each save, compare what devices hold copies of: a faulty device "
+    "ends the run with the name of the array, and nothing wrong is saved",
+  )
 
   def __post_init__(self):
     require_positive("checkpoint", self, "every", "keep_last")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config
+from moejax.files import cache_folder
 from moejax.plan.apart import Crashed, run_apart
 from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
 from moejax.plan.roofline import Roofline, Traffic
@@ -30,7 +31,7 @@ def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
   Raises:
     As `plan`; a refusal is remembered too.
   """
-  path = folder() / f"{_key(config, topology)}.json"
+  path = cache_folder("plans") / f"{_key(config, topology)}.json"
   if not fresh and (found := _read(path)) is not None:
     if "refused" in found:
       raise DoesNotFit(found["refused"])
@@ -47,12 +48,6 @@ def cached_plan(config: Config, topology: str, fresh: bool = False) -> Plan:
     ) from None
   _write(path, dataclasses.asdict(made))
   return made
-
-
-def folder() -> Path:
-  """Where plans are kept."""
-  base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  return Path(base) / "moejax" / "plans"
 
 
 def _key(config: Config, topology: str) -> str:

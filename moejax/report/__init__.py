@@ -94,6 +94,7 @@ def make_charts(run: RunData) -> dict[str, list[Chart]]:
   ]  # fmt: skip
   drawn = {
     "loss/xent", "learning_rate", "grad_norm", "tokens", "router/entropy",
+    "batch_digest",
     "router/max_over_mean", "loss/balance", "loss/router_z",
   }  # fmt: skip
   others = [

@@ -125,7 +125,7 @@ def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
   # Ctrl-C is for the command, which then asks this process to save.
   os.setpgid(0, 0)
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  _prepare(workdir, place)
+  os.environ.update(place)
   while True:
     try:
       run = connection.recv()
@@ -138,16 +138,6 @@ def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
       if state.state != WAITING:
         write_state(workdir / run.name, state)
       return
-
-
-def _prepare(workdir: Path, place: dict[str, str]) -> None:
-  """Programs are kept on disk: runs of one shape compile once, restarts too."""
-  os.environ.update(place)
-  import jax
-
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def _attempt(run: PlannedRun, folder: Path) -> RunState:
