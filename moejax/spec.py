@@ -9,6 +9,9 @@ import dataclasses
 import sys
 from typing import Any, Self
 
+# What parsing text that is no Python, or far too deep, may raise.
+_NO_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -26,16 +29,20 @@ class Spec:
     """
     try:
       node = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
-      raise ValueError(f"{text!r} is not of the form name(key=value)") from None
+    except _NO_PYTHON:
+      raise ValueError(
+        f"{text[:200]!r} is not of the form name(key=value)"
+      ) from None
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if call.args:
       raise ValueError(f"{text!r}: write arguments as key=value")
     kwargs = {}
     for keyword in call.keywords:
+      if keyword.arg is None:
+        raise ValueError(f"{text!r}: write arguments as key=value")
       try:
-        kwargs[str(keyword.arg)] = ast.literal_eval(keyword.value)
-      except ValueError:
+        kwargs[keyword.arg] = ast.literal_eval(keyword.value)
+      except _NO_PYTHON:
         raise ValueError(
           f"{text!r}: {keyword.arg} must be a literal such as 8, 0.5 or 'name'"
         ) from None

@@ -207,9 +207,7 @@ def make_train_step(
     state = state.replace(
       step=state.step + 1, guard=guard.after(verdict, loss, norm)
     )
-    if sums.xent_U is not None:
-      metrics |= {"xent_U": sums.xent_U, "tokens_U": sums.tokens_U}
-    metrics |= {
+    metrics |= _of_sources(sums) | {
       "grad_norm": norm, "learning_rate": rate, "tokens": sums.tokens,
       "param_norm": optax.tree.norm(state.params), "skipped": verdict,
       "skipped_in_a_row": state.guard.in_a_row,
@@ -245,6 +243,13 @@ def _of_routers(
   return found
 
 
+def _of_sources(sums: losses.LossSums) -> dict[str, Array]:
+  """Sums of each source, of several."""
+  if sums.xent_U is None:
+    return {}
+  return {"xent_U": sums.xent_U, "tokens_U": sums.tokens_U}
+
+
 def _digest(batch: Batch) -> Array:
   """uint32 of a global batch, the same however it is split over devices."""
   shape = batch["tokens"].shape
@@ -252,7 +257,7 @@ def _digest(batch: Batch) -> Array:
   odd_BT = 2 * jax.lax.iota(jnp.uint32, shape[0] * shape[1]).reshape(shape) + 1
   parts = (batch[key].astype(jnp.uint32) for key in ("tokens", "segment_ids"))
   sums = [(part_BT * odd_BT).sum(dtype=jnp.uint32) for part_BT in parts]
-  return sums[0] + 0x9E3779B9 * sums[1]
+  return sums[0] + np.uint32(0x9E3779B1) * sums[1]
 
 
 def _average(config: Config, ema: Any, params: Any) -> Any:

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -275,50 +274,6 @@ def test_diverged_parameters_are_never_saved(place):
   for step in reader.steps():
     params = reader.restore_params(abstract, step).state["params"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), step
-
-
-def test_a_router_of_ones_own_is_found_where_python_looks(place, tmp_path):
-  (place / "mine.py").write_text(
-    "from moejax.routing import top_k\n"
-    "def worst(logits_TE, mask_T, *, k, rng=None):\n"
-    "  return top_k(-logits_TE, mask_T, k=k)\n"
-  )
-  done = train(
-    place, "mine", "--config.model.moe.router=mine.worst(k=1)",
-    "--config.train.num_steps=16", "--config.eval.sample_tokens=0",
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-
-  def generate(where, **more):
-    # As the installed command: neither folder is on the path.
-    return subprocess.run(
-      [sys.executable, "-P", "-m", "moejax", "generate", str(place / "mine"),
-       "--max-tokens=2"],
-      cwd=where, env=environment() | more, capture_output=True, text=True,
-    )  # fmt: skip
-
-  assert generate(place).returncode == 0
-  elsewhere = generate(tmp_path)
-  assert elsewhere.returncode == 2
-  assert f"PYTHONPATH={place}" in elsewhere.stderr
-  paths = os.pathsep.join([str(place), environment()["PYTHONPATH"]])
-  assert generate(tmp_path, PYTHONPATH=paths).returncode == 0
-  # A folder from elsewhere may bring code; it is not run.
-  (place / "mine" / "mine.py").write_text("open('was_run', 'w')\n")
-  inside = generate(place / "mine")
-  assert inside.returncode == 2
-  assert "lies in the run's own folder" in inside.stderr
-  assert not (place / "mine" / "was_run").exists()
-  (place / "mine" / "mine.py").unlink()
-  # Nor by a way around: the folders above it are packages to Python.
-  path = place / "mine" / "config.json"
-  path.write_text(path.read_text().replace("mine.worst", "mine.evil.worst"))
-  (place / "mine" / "evil.py").write_text("open('was_run', 'w')\n")
-  (place / "mine.py").rename(place / "other.py")
-  above = generate(place)
-  assert above.returncode == 2
-  assert "lies in the run's own folder" in above.stderr
-  assert not (place / "was_run").exists()
 
 
 def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):

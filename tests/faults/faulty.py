@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults at a step of a run, injected as an evaluation's task."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+from tests.small_run import command
+
+
+def at(run, *, step, do, what=""):
+  """Does something to the run after one of its steps."""
+  if run.step == step:
+    ACTIONS[do](what)
+  return {}
+
+
+def option(step, do, what=""):
+  """The command line's words for a fault at a step."""
+  task = f"tests.faults.faulty.at(step={step}, do={do!r}, what={what!r})"
+  entry = {"name": "fault", "task": task, "every": 1}
+  return [f"--config.eval.sets={json.dumps([entry])}",
+          "--config.eval.task_errors=stop"]  # fmt: skip
+
+
+def children():
+  """Processes that this one started, by number."""
+  found = []
+  for entry in pathlib.Path("/proc").glob("[0-9]*"):
+    try:
+      fields = (entry / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+      continue
+    if int(fields[1]) == os.getpid():
+      found.append(int(entry.name))
+  return found
+
+
+def _signal(name):
+  os.kill(os.getpid(), getattr(signal, name))
+
+
+def _kill_children(name):
+  numbers = children()
+  assert numbers, "there are no children to kill"
+  for number in numbers:
+    os.kill(number, getattr(signal, name))
+
+
+def _limit_memory(_):
+  """No page more than now: the next allocation that needs one fails."""
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+  size = pages * resource.getpagesize()
+  resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _start_again(words):
+  """The same command a second time, while this one runs."""
+  done = subprocess.run(
+    command(*words.split()), capture_output=True, text=True, timeout=120
+  )
+  found = {"status": done.returncode, "error": done.stderr}
+  pathlib.Path("second.json").write_text(json.dumps(found))
+
+
+def _move(words):
+  source, target = words.split()
+  shutil.move(source, target)
+
+
+ACTIONS = {
+  "signal": _signal,
+  "kill_children": _kill_children,
+  "limit_memory": _limit_memory,
+  "start_again": _start_again,
+  "move": _move,
+  "remove": shutil.rmtree,
+  "exit": lambda status: sys.exit(int(status)),
+}

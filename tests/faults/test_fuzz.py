@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten thousand inputs of each kind: taken, or refused in one line; no crash."""
+
+import copy
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moejax import runs
+from moejax.config import (
+  Config,
+  MoEConfig,
+  default_config,
+  describe_options,
+  set_option,
+)
+from moejax.convert.hub_files import check_tensors, open_tensors, source_digest
+from moejax.data import load_tokenizer
+from moejax.data.loader import _batch, _element
+from moejax.data.manifest import MANIFEST
+from moejax.data.store import TokenStore
+from moejax.errors import ConfigError, DataError, UserError
+from moejax.routing import resolve
+from tests.convert import families
+from tests.convert.hub_folder import write
+
+pytestmark = pytest.mark.slow
+
+MANY = settings(
+  max_examples=10_000, deadline=None, derandomize=True, database=None,
+  suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+OLMOE = next(f for f in families.FAMILIES if f.name == "olmoe")
+
+SCALARS = st.one_of(
+  st.none(), st.booleans(), st.integers(), st.integers(-4, 300),
+  st.floats(), st.floats(0, 1), st.text(max_size=12),
+)  # fmt: skip
+VALUES = st.recursive(
+  SCALARS,
+  lambda inner: st.one_of(
+    st.lists(inner, max_size=3),
+    st.dictionaries(st.text(max_size=8), inner, max_size=3),
+  ),
+  max_leaves=6,
+)
+PATHS = [line.partition("=")[0] for line in describe_options()]
+WORDS = st.sampled_from([
+  "attention/moe", "moa/moe", "mla/mlp", "shared_kv/moe", "float32", "wsd",
+  "ntk(alpha=3)", "yarn()", "batch_share(x=1.0)", "fixed(factor=-1)", "(",
+  "top_k(k=2)", "recycle(group_size=8)", "a=b", "w=1", "[", "reweight", "a.b",
+])  # fmt: skip
+PHASES = st.lists(
+  st.dictionaries(
+    st.sampled_from(["name", "steps", "tokens", "options", "x"]),
+    st.one_of(
+      VALUES, st.dictionaries(st.sampled_from(PATHS), VALUES, max_size=2)
+    ),
+    max_size=4,
+  ),
+  max_size=3,
+)
+PLAUSIBLE = st.one_of(
+  VALUES, WORDS, st.lists(WORDS, max_size=3), PHASES, st.integers(1, 64)
+)
+
+
+CHANGE = st.tuples(st.sampled_from(PATHS), PLAUSIBLE)
+
+
+def one_line(error):
+  text = str(error)
+  assert text and "\n" not in text, text
+
+
+@MANY
+@given(
+  st.lists(
+    st.tuples(st.sampled_from(PATHS), PLAUSIBLE), min_size=1, max_size=3
+  ),
+  st.one_of(st.none(), st.tuples(st.text(max_size=9), VALUES)),
+)
+def test_configs(changes, stray):
+  values = copy.deepcopy(BASE)
+  for path, value in changes:
+    *parents, name = path.split(".")
+    section = values
+    for parent in parents:
+      section = section[parent]
+    section[name] = value
+  if stray is not None:
+    values[stray[0]] = stray[1]
+  try:
+    config = Config.from_dict(values)
+  except ConfigError as e:
+    one_line(e)
+  else:
+    assert Config.from_dict(config.to_dict()) == config
+
+
+BASE = Config().to_dict()
+
+
+@MANY
+@given(
+  st.sampled_from(PATHS),
+  st.one_of(st.text(max_size=20), WORDS, PLAUSIBLE.map(repr),
+            PLAUSIBLE.map(lambda value: json.dumps(value, default=repr))),
+)  # fmt: skip
+def test_options_of_the_command_line(path, text):
+  try:
+    set_option(default_config(), path, text)
+  except ConfigError as e:
+    one_line(e)
+
+
+PIECES = st.sampled_from([
+  "top_k", "switch", "sinkhorn", "nowhere", "os", "system", "builtins", "exec",
+  "moejax.routing", "__globals__", "numpy", "save", "jax", "k", "score",
+  ".", ".", "(", "(", ")", ")", "=", "=", ",", ",", " ", "**", "*", "[", "]",
+  "{", "}", ":", "'", '"', "1", "2", "-1", "1e400", "0x", "None", "True",
+  "lambda", "open", "\0", "\n", "#", "9" * 5000, "((" * 60, "e",
+  "\ud800", "é",
+])  # fmt: skip
+
+
+@MANY
+@given(st.one_of(st.lists(PIECES, max_size=9).map("".join), st.text()))
+def test_router_strings(text):
+  try:
+    resolve(MoEConfig(router=text).router_spec)
+  except ConfigError as e:
+    one_line(e)
+
+
+def damaged(data, rng):
+  """Bytes with a few of them changed, cut or doubled."""
+  data = bytearray(data)
+  for _ in range(rng.integers(1, 4)):
+    at = int(rng.integers(len(data))) if data else 0
+    match int(rng.integers(4)):
+      case 0:
+        data[at : at + 1] = bytes([int(rng.integers(256))])
+      case 1:
+        del data[at : at + int(rng.integers(1, 9))]
+      case 2:
+        data[at:at] = data[at : at + int(rng.integers(1, 9))]
+      case 3:
+        digits = b'0123456789-eE.[]{}",:'
+        data[at : at + 1] = bytes([digits[int(rng.integers(len(digits)))]])
+  return bytes(data)
+
+
+RANDOM = st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+  folder = write(tmp_path_factory.mktemp("hub"), OLMOE)
+  path = folder / "model.safetensors"
+  data = path.read_bytes()
+  size = 8 + int.from_bytes(data[:8], "little")
+  return folder, path, data[:size], data[size:]
+
+
+@MANY
+@given(rng=RANDOM)
+def test_safetensors_headers(hub, rng):
+  folder, path, header, rest = hub
+  text = damaged(header[8:], rng)
+  size = len(text) if rng.integers(4) else int(rng.integers(2**63))
+  path.write_bytes(size.to_bytes(8, "little") + text + rest)
+  try:
+    with open_tensors(folder) as tensors:
+      check_tensors(OLMOE.rules(OLMOE.config), tensors)
+      for name in tensors.names():
+        tensors.read(name)
+    source_digest(folder)
+  except DataError as e:
+    one_line(e)
+
+
+@pytest.fixture(scope="module")
+def store(place, tmp_path_factory):
+  """A token store, its manifest and the bytes of its shard."""
+  (folder,) = place.glob("token_store/text-*")
+  copied = tmp_path_factory.mktemp("store") / folder.name
+  shutil.copytree(folder, copied)
+  (shard,) = copied.glob("*-train.array_record-*")
+  return copied, (copied / MANIFEST).read_text(), shard, shard.read_bytes()
+
+
+def read_all(folder):
+  opened = TokenStore.open(folder, load_tokenizer("byte"))
+  for split in ("train", "validation"):
+    for row in range(min(3, opened.rows(split))):
+      _batch(_element(opened.read(split, row), 0, row)[None])
+
+
+@MANY
+@given(rng=RANDOM, value=VALUES)
+def test_manifests_of_token_stores(store, rng, value):
+  folder, text, shard, data = store
+  shard.write_bytes(data)
+  manifest = json.loads(text)
+  if rng.integers(2):
+    places = [manifest, manifest["splits"], manifest["splits"]["train"],
+              manifest["splits"]["train"]["shards"],
+              manifest["splits"]["train"]["shards"][0]]  # fmt: skip
+    place = places[rng.integers(len(places))]
+    keys = list(place) if isinstance(place, dict) else range(len(place))
+    key = keys[int(rng.integers(len(keys)))]
+    if rng.integers(3):
+      place[key] = value
+    else:
+      del place[key]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+  else:
+    (folder / MANIFEST).write_bytes(damaged(text.encode(), rng))
+  try:
+    read_all(folder)
+  except DataError as e:
+    one_line(e)
+
+
+@MANY
+@given(rng=RANDOM)
+def test_shards_of_token_stores(store, rng):
+  """Whose digest says that they are whole, as whoever made them may."""
+  folder, text, shard, data = store
+  wrong = damaged(data, rng)
+  shard.write_bytes(wrong)
+  manifest = json.loads(text)
+  (entry,) = manifest["splits"]["train"]["shards"]
+  entry["bytes"] = len(wrong)
+  entry["sha256"] = hashlib.sha256(wrong).hexdigest()
+  (folder / MANIFEST).write_text(json.dumps(manifest))
+  try:
+    read_all(folder)
+  except DataError as e:
+    one_line(e)
+
+
+@settings(MANY, max_examples=2_000)
+@given(rng=RANDOM)
+def test_configs_of_runs(unbroken, tmp_path_factory, rng):
+  folder = tmp_path_factory.getbasetemp() / "fuzzed_run"
+  folder.mkdir(exist_ok=True)
+  data = (unbroken / "config.json").read_bytes()
+  (folder / "config.json").write_bytes(damaged(data, rng))
+  try:
+    runs.read_config(folder)
+  except UserError as e:
+    one_line(e)

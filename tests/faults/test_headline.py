@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is killed again and again ends as one that never was.
+
+Packing, a mixture of two sources, phases that change it and the rows' length,
+evaluation of the mixture and of a further set, averaged weights, the guard.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from moejax import goodput
+from moejax.cli import parse_config
+from tests.multi_process.test_training import finish, free_port
+from tests.small_run import command, environment, make_place, moejax
+from tests.test_train import assert_same_run, lines, wait_for_step
+
+pytestmark = pytest.mark.slow
+
+STEPS = 300
+PHASES = [
+  {"name": "main", "steps": 120},
+  {"name": "mix", "steps": 90, "options": {"data.weights": [1.0, 3.0]}},
+  {
+    "name": "long", "steps": 50,
+    "options": {
+      "data.seq_len": 64, "train.batch_size": 2, "model.rope_theta": 1e6
+    },
+  },
+  {
+    "name": "anneal",
+    "options": {
+      "data.order": 1, "optimizer.schedule.name": "linear",
+      "optimizer.schedule.warmup": 0.0, "optimizer.schedule.final": 0.0,
+    },
+  },
+]  # fmt: skip
+SETS = [{"name": "numbers", "data": ["more"], "every": 70, "num_batches": 3}]
+OPTIONS = {
+  "train.num_steps": STEPS, "train.phases": json.dumps(PHASES),
+  "data.sources": "text,more", "data.weights": "3,1",
+  "optimizer.schedule.decay": 0, "optimizer.ema": 0.99,
+  "stability.spike": 6, "stability.window": 16,
+  "eval.every": 50, "eval.sets": json.dumps(SETS), "eval.ema": True,
+  "checkpoint.every": 25,
+}  # fmt: skip
+
+
+def words(**more):
+  options = OPTIONS | {k.replace("__", "."): v for k, v in more.items()}
+  return [f"--config.{key}={value}" for key, value in options.items()]
+
+
+def start(place, workdir, **more):
+  return subprocess.Popen(
+    command(
+      "train", "--config=config.py", f"--workdir={workdir}", *words(**more)
+    ),
+    cwd=place, env=environment(), stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  place = make_place(tmp_path_factory.mktemp("headline"))
+  (place / "more").mkdir()
+  for i in range(40):
+    text = " ".join(str(j * i) for j in range(2 * i + 3))
+    (place / "more" / f"{i}.txt").write_text(text)
+  done = moejax(place, "data", "prepare", "--config=config.py", *words())
+  assert done.returncode == 0, done.stderr
+  return place
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+  out, error = start(place, "undisturbed").communicate(timeout=300)
+  assert "goodput" in out, error
+  return place / "undisturbed"
+
+
+def disturb(process, rng):
+  """One of the things that happen; returns the exit status to expect."""
+  number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM,
+                       signal.SIGSTOP])  # fmt: skip
+  process.send_signal(number)
+  if number == signal.SIGSTOP:
+    time.sleep(rng.uniform(0.5, 2))
+    process.send_signal(signal.SIGCONT)
+    time.sleep(rng.uniform(0, 0.5))
+    number = signal.SIGKILL
+    process.send_signal(number)
+  return {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75}[number]
+
+
+def test_killed_at_random(place, undisturbed):
+  rng = random.Random(os.environ.get("MOEJAX_KILL_SEED", "0"))
+  run = place / "killed"
+  for step in sorted(rng.sample(range(3, STEPS - 10), 7)):
+    process = start(place, "killed")
+    wait_for_step(run, step, process)
+    time.sleep(rng.uniform(0, 0.2))
+    expected = disturb(process, rng)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == expected, error
+  out, error = start(place, "killed").communicate(timeout=300)
+  assert_same_run(run, undisturbed)
+  found = goodput.of_run(run)
+  assert found.launches == 8
+  assert found.describe() in out
+  print(found.describe())
+  # Every second is somewhere, and steps that were done again are counted.
+  assert sum(found.parts.values()) == pytest.approx(found.total, rel=0.02)
+  assert 0 < found.redone_steps < 8 * 26
+
+
+def test_other_numbers_of_hosts(place, undisturbed):
+  """One process, then two, then one: the same batches, nearly the same losses.
+
+  Sums over devices are added up in another order.
+  """
+  assert start(place, "hosts", train__num_steps=100).wait(300) == 0
+  port = free_port()
+  both = [
+    subprocess.Popen(
+      [
+        *command("train", "--config=config.py", "--workdir=hosts"),
+        *words(train__num_steps=200, parallel__data=2),
+        f"--coordinator=localhost:{port}", "--num-processes=2",
+        f"--process-id={i}",
+      ],
+      cwd=place, env=environment(), stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True,
+    )
+    for i in range(2)
+  ]  # fmt: skip
+  done = finish(both)
+  assert [status for status, *_ in done] == [0, 0], done
+  assert start(place, "hosts").wait(300) == 0
+  got, want = (
+    [json.loads(line) for line in lines(run)]
+    for run in (place / "hosts", undisturbed)
+  )
+  assert [row["step"] for row in got] == list(range(1, STEPS + 1))
+  for mine, other in zip(got, want):
+    assert mine["batch_digest"] == other["batch_digest"]
+    assert mine["tokens"] == other["tokens"]
+    np.testing.assert_allclose(mine["loss/xent"], other["loss/xent"], rtol=2e-3)
+
+
+def test_the_batches_are_all_different(undisturbed):
+  digests = [json.loads(line)["batch_digest"] for line in lines(undisturbed)]
+  assert len(set(digests)) > 0.95 * len(digests)
+
+
+def test_the_schedule_is_what_it_says(place, monkeypatch):
+  monkeypatch.chdir(place)
+  config = parse_config("config.py", words())
+  assert [phase.name for phase in config.train.phases] == [
+    "main", "mix", "long", "anneal"
+  ]  # fmt: skip
