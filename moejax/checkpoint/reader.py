@@ -18,6 +18,8 @@ from moejax.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 NONE = -1  # "no step", where processes agree on a number
+# Folders: a process that opens one twice says it once.
+_warned_of_strays: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,6 @@ class CheckpointReader:
       self.directory = epath.Path(os.path.abspath(self.directory))
     # Steps that turned out not to be what was written, and why.
     self._damaged: dict[int, str] = {}
-    self._warned_of_strays = False
     self._intact: set[int] = set()  # manifests read before
 
   def steps(self) -> list[int]:
@@ -216,7 +217,7 @@ class CheckpointReader:
     return f"{what}; available steps: {listed}"
 
   def _warn_of_strays(self) -> None:
-    if self._warned_of_strays:
+    if os.fspath(self.directory) in _warned_of_strays:
       return
     strays = layout.not_steps(self.directory) + [
       f"{step} (no manifest)"
@@ -224,7 +225,7 @@ class CheckpointReader:
       if layout.kind(self._folder(step)) == layout.Kind.STRAY
     ]
     if strays:
-      self._warned_of_strays = True
+      _warned_of_strays.add(os.fspath(self.directory))
       logger.warning(
         "ignoring what is no checkpoint in %s: %s",
         self.directory, ", ".join(strays),

@@ -93,7 +93,16 @@ class BatchIterator:
   def __next__(self) -> Batch:
     if not self._held:
       raise ValueError("these batches are closed")
-    batch = _batch(next(self._held[0]))
+    try:
+      batch = _batch(next(self._held[0]))
+    except RuntimeError as e:
+      if "Worker process was terminated" not in str(e):
+        raise
+      raise DataError(
+        f"a reader process died ({str(e).partition('.')[0]}), often for want "
+        "of memory; run the same command to go on, or read in threads by "
+        "data.num_workers=0"
+      ) from e
     check_vocabulary(batch, self._stores, self._split)
     return batch
 
@@ -167,7 +176,7 @@ def load_batches(
       dataset,
       batch_size,
       grain.sharding.ShardOptions(shards.index, len(shards.rows)),
-      read_options=grain.ReadOptions(_THREADS, ahead),
+      read_options=grain.ReadOptions(min(_THREADS, ahead), ahead),
       multiprocessing_options=workers,
     )
   )

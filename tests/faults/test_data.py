@@ -38,7 +38,7 @@ def test_a_shard_vanishes(place, unbroken):
 def test_a_reader_process_is_killed(place, unbroken):
   more = ["--config.data.num_workers=2", "--config.data.prefetch_rows=1"]
   done = train(
-    place, "reader", *more, *faulty.option(7, "kill_children", "SIGKILL")
+    place, "reader", *more, *faulty.option(7, "kill_reader", "SIGKILL")
   )
   assert done.returncode == 2, done.stderr
   assert "reader process" in done.stderr.splitlines()[-1]

@@ -4,21 +4,11 @@
 import os
 import subprocess
 
+import pytest
+
+from tests.faults import faulty
 from tests.small_run import command, environment
 from tests.test_train import assert_same_run, digest, train
-
-# Python runs this before anything else.
-JUMPING_CLOCK = """
-import time
-_time, _calls = time.time, 0
-
-def jumping():
-  global _calls
-  _calls += 1
-  return _time() + (-1, 1)[_calls // 7 % 2] * 30 * 86400
-
-time.time = jumping
-"""
 
 
 def train_with(place, workdir, env, *options):
@@ -30,20 +20,13 @@ def train_with(place, workdir, env, *options):
   )  # fmt: skip
 
 
-def test_clock_zone_locale_and_hashes(place, unbroken, tmp_path):
-  (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
-  env = {
-    "PYTHONPATH": os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]]),
-    "TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "5",
-  }  # fmt: skip
-  stop = train_with(place, "clock", env, "--config.train.num_steps=22",
-                    "--config.optimizer.schedule.decay=0")  # fmt: skip
-  assert stop.returncode == 0, stop.stderr
-  done = train_with(place, "clock", env)
+@pytest.mark.parametrize("days", [30, -30])
+def test_clock_zone_locale_and_hashes(place, unbroken, days):
+  env = {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "PYTHONHASHSEED": "5"}
+  run = f"clock{days}"
+  done = train_with(place, run, env, *faulty.option(7, "jump", str(days)))
   assert done.returncode == 0, done.stderr
-  # The trial's end was evaluated too.
-  assert_same_run(place / "clock", unbroken, but=("eval.jsonl",
-                                                  "samples.jsonl"))  # fmt: skip
+  assert_same_run(place / run, unbroken)
 
 
 def test_a_damaged_cache_of_programs(place, unbroken, tmp_path):

@@ -54,7 +54,8 @@ def test_a_device_that_differs_ends_the_run(place, monkeypatch, capsys):
     after_step(self)
 
   monkeypatch.setattr(loop.Loop, "_after_step", struck)
-  args = ["--config=config.py", "--workdir=struck", "--config.parallel.data=2"]
+  args = ["--config=config.py", "--workdir=struck", "--config.parallel.data=4",
+          "--config.parallel.tensor=2"]  # fmt: skip
   assert main(["train", *args]) == 2
   error = capsys.readouterr().err
   assert "devices hold different copies of params/" in error

@@ -70,7 +70,7 @@ def test_out_of_memory(place, unbroken):
   if done.returncode == 0:  # it got by with what it had
     assert_same_run(place / "memory", unbroken)
     pytest.skip("this machine's allocator needed no more")
-  assert CheckpointReader(place / "memory" / "checkpoints").latest() >= 10
+  assert CheckpointReader(place / "memory" / "checkpoints").latest() >= 5
   finish(place, "memory", unbroken)
 
 
