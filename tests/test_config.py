@@ -198,6 +198,12 @@ def test_missing_and_broken_config_files(tmp_path):
     cli.parse_config(str(empty), [])
 
 
+def test_lists_and_tuples_do_not_differ_at_any_depth():
+  phases = ({"name": "a", "options": {"data.weights": (1.0, 2.0)}},)
+  old = {"train": {"phases": phases}}
+  assert differences(old, json.loads(json.dumps(old))) == []
+
+
 def test_differences_name_keys_and_both_values():
   old = Config().to_dict()
   new = json.loads(json.dumps(old))

@@ -104,7 +104,11 @@ def differences(
 
 def _plain(value: Any) -> Any:
   """JSON has no tuples: compare both spellings alike."""
-  return list(value) if isinstance(value, (tuple, list)) else value
+  if isinstance(value, typing.Mapping):
+    return {key: _plain(part) for key, part in value.items()}
+  if isinstance(value, (tuple, list)):
+    return [_plain(part) for part in value]
+  return value
 
 
 def _field(cls: type, name: str, where: str) -> dataclasses.Field:

@@ -41,7 +41,8 @@ def test_a_reader_process_is_killed(place, unbroken):
     place, "reader", *more, *faulty.option(7, "kill_reader", "SIGKILL")
   )
   assert done.returncode == 2, done.stderr
-  assert "reader process" in done.stderr.splitlines()[-1]
+  # Python's own tracker of shared memory may say more after it.
+  assert "moejax train: a reader process died" in done.stderr
   again = train(place, "reader", *more)
   assert again.returncode == 0, again.stderr
   assert_same_run(place / "reader", unbroken)

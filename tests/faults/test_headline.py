@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from moejax import goodput
-from moejax.cli import parse_config
 from tests.multi_process.test_training import finish, free_port
 from tests.small_run import command, environment, make_place, moejax
 from tests.test_train import assert_same_run, lines, wait_for_step
@@ -86,6 +85,16 @@ def undisturbed(place):
   return place / "undisturbed"
 
 
+def wait_for_launch(run, number, process):
+  """Until the run's loop has begun for the so manyth time."""
+  path = run / goodput.LAUNCHES
+  limit = time.monotonic() + 120
+  while time.monotonic() < limit and process.poll() is None:
+    if path.exists() and len(path.read_bytes().splitlines()) >= number:
+      return
+    time.sleep(0.01)
+
+
 def disturb(process, rng):
   """One of the things that happen; returns the exit status to expect."""
   number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM,
@@ -103,8 +112,9 @@ def disturb(process, rng):
 def test_killed_at_random(place, undisturbed):
   rng = random.Random(os.environ.get("MOEJAX_KILL_SEED", "0"))
   run = place / "killed"
-  for step in sorted(rng.sample(range(3, STEPS - 10), 7)):
+  for number, step in enumerate(sorted(rng.sample(range(3, STEPS - 10), 7))):
     process = start(place, "killed")
+    wait_for_launch(run, number + 1, process)
     wait_for_step(run, step, process)
     time.sleep(rng.uniform(0, 0.2))
     expected = disturb(process, rng)
@@ -118,13 +128,15 @@ def test_killed_at_random(place, undisturbed):
   print(found.describe())
   # Every second is somewhere, and steps that were done again are counted.
   assert sum(found.parts.values()) == pytest.approx(found.total, rel=0.02)
-  assert 0 < found.redone_steps < 8 * 26
+  # At most those since the save before the one that was being written.
+  assert 0 < found.redone_steps < 7 * 2 * 25
 
 
 def test_other_numbers_of_hosts(place, undisturbed):
   """One process, then two, then one: the same batches, nearly the same losses.
 
-  Sums over devices are added up in another order.
+  Sums over devices are added up in another order, and what that changes grows
+  as steps follow each other.
   """
   assert start(place, "hosts", train__num_steps=100).wait(300) == 0
   port = free_port()
@@ -152,17 +164,19 @@ def test_other_numbers_of_hosts(place, undisturbed):
   for mine, other in zip(got, want):
     assert mine["batch_digest"] == other["batch_digest"]
     assert mine["tokens"] == other["tokens"]
-    np.testing.assert_allclose(mine["loss/xent"], other["loss/xent"], rtol=2e-3)
+
+  def difference(first, last):
+    ours, theirs = (
+      np.array([row["loss/xent"] for row in rows[first:last]])
+      for rows in (got, want)
+    )
+    return np.abs(ours / theirs - 1).max()
+
+  assert difference(0, 100) == 0
+  assert difference(100, 120) < 1e-4
+  assert difference(120, STEPS) < 2e-2
 
 
 def test_the_batches_are_all_different(undisturbed):
   digests = [json.loads(line)["batch_digest"] for line in lines(undisturbed)]
   assert len(set(digests)) > 0.95 * len(digests)
-
-
-def test_the_schedule_is_what_it_says(place, monkeypatch):
-  monkeypatch.chdir(place)
-  config = parse_config("config.py", words())
-  assert [phase.name for phase in config.train.phases] == [
-    "main", "mix", "long", "anneal"
-  ]  # fmt: skip
