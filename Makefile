@@ -38,7 +38,8 @@ install-hf: $(VENV)/.installed-dev  ## torch and transformers, for the tests beh
 	@$(PIP) -c constraints.txt -e '.[dev,hf]'
 
 test: $(VENV)/.installed-dev  ## all tests; ARGS="-k routing" narrows them
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	  --no-loadscope-reorder $(ARGS)
 
 test-fast: $(VENV)/.installed-dev  ## tests of seconds only
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not grid" $(ARGS)

@@ -125,11 +125,11 @@ def _print_step(config: Config, state: TrainState, batch: Any) -> None:
   model = build(config.model)
   step = jax.jit(make_train_step(config, model))
   _, metrics = jax.device_get(step(state, device_batch(batch, model.placement)))
-  metrics.pop("load_LE", None)
+  metrics = {name: x for name, x in metrics.items() if np.ndim(x) == 0}
   verdict = int(metrics.pop("skipped"))
   print("taken" if not verdict else f"skipped: {REASONS[verdict]}")
   for name in sorted(metrics):
-    print(f"  {name:<26} {float(metrics[name]):.6g}")
+    print(f"  {name:<26} {metrics[name]:.6g}")
 
 
 def _print_rows(

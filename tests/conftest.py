@@ -13,6 +13,16 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+# Longest first.
+MINUTES = (
+  "multi_process/test_training.py", "test_readme.py", "faults/test_headline.py",
+  "sweep/test_command.py", "faults/test_fuzz.py", "test_train.py",
+  "parallel/test_expert_parallel.py", "test_notebooks.py",
+  "invariance/test_parts.py", "faults/test_data.py", "faults/test_signals.py",
+  "faults/test_environment.py", "faults/test_published.py",
+  "faults/test_disk.py", "convert/test_upcycle_command.py", "test_phases.py",
+  "parallel/test_mesh.py", "analysis/test_command.py", "invariance/test_grid.py",
+)  # fmt: skip
 MAX_CACHE_BYTES = 2 << 30
 CACHE = pathlib.Path(
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
@@ -41,6 +51,13 @@ def pytest_configure(config):
   # [T, E] + [E] works by accident until T == E; say it with an axis.
   jax.config.update("jax_numpy_rank_promotion", "raise")
   flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items):
+  """Files of minutes first: at the end, one of two processes would wait."""
+  place = {ROOT / "tests" / name: number for number, name in enumerate(MINUTES)}
+  last = len(MINUTES)
+  items.sort(key=lambda i: place[i.path] if i.path in place else last)
 
 
 def _empty_full_cache():

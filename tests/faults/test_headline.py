@@ -45,6 +45,8 @@ OPTIONS = {
   "train.num_steps": STEPS, "train.phases": json.dumps(PHASES),
   "data.sources": "text,more", "data.weights": "3,1",
   "optimizer.schedule.decay": 0, "optimizer.ema": 0.99,
+  # Less chaos: what rounding changes stays small for hundreds of steps.
+  "optimizer.learning_rate": 1e-3,
   "stability.spike": 6, "stability.window": 16,
   "eval.every": 50, "eval.sets": json.dumps(SETS), "eval.ema": True,
   "checkpoint.every": 25,
@@ -66,6 +68,13 @@ def start(place, workdir, **more):
   )  # fmt: skip
 
 
+def complete(place, workdir, **more):
+  process = start(place, workdir, **more)
+  out, error = process.communicate(timeout=300)
+  assert process.returncode == 0, error
+  return out
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
   place = make_place(tmp_path_factory.mktemp("headline"))
@@ -80,8 +89,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-  out, error = start(place, "undisturbed").communicate(timeout=300)
-  assert "goodput" in out, error
+  complete(place, "undisturbed")
   return place / "undisturbed"
 
 
@@ -120,7 +128,7 @@ def test_killed_at_random(place, undisturbed):
     expected = disturb(process, rng)
     _, error = process.communicate(timeout=120)
     assert process.returncode == expected, error
-  out, error = start(place, "killed").communicate(timeout=300)
+  out = complete(place, "killed")
   assert_same_run(run, undisturbed)
   found = goodput.of_run(run)
   assert found.launches == 8
@@ -138,7 +146,7 @@ def test_other_numbers_of_hosts(place, undisturbed):
   Sums over devices are added up in another order, and what that changes grows
   as steps follow each other.
   """
-  assert start(place, "hosts", train__num_steps=100).wait(300) == 0
+  complete(place, "hosts", train__num_steps=100)
   port = free_port()
   both = [
     subprocess.Popen(
@@ -155,7 +163,7 @@ def test_other_numbers_of_hosts(place, undisturbed):
   ]  # fmt: skip
   done = finish(both)
   assert [status for status, *_ in done] == [0, 0], done
-  assert start(place, "hosts").wait(300) == 0
+  complete(place, "hosts")
   got, want = (
     [json.loads(line) for line in lines(run)]
     for run in (place / "hosts", undisturbed)
@@ -173,8 +181,8 @@ def test_other_numbers_of_hosts(place, undisturbed):
     return np.abs(ours / theirs - 1).max()
 
   assert difference(0, 100) == 0
-  assert difference(100, 120) < 1e-4
-  assert difference(120, STEPS) < 2e-2
+  assert difference(100, 130) < 1e-5
+  assert difference(130, STEPS) < 1e-3
 
 
 def test_the_batches_are_all_different(undisturbed):
