@@ -21,7 +21,8 @@ MINUTES = (
   "invariance/test_parts.py", "faults/test_data.py", "faults/test_signals.py",
   "faults/test_environment.py", "faults/test_published.py",
   "faults/test_disk.py", "convert/test_upcycle_command.py", "test_phases.py",
-  "parallel/test_mesh.py", "analysis/test_command.py", "invariance/test_grid.py",
+  "parallel/test_mesh.py", "analysis/test_command.py",
+  "invariance/test_grid.py",
 )  # fmt: skip
 MAX_CACHE_BYTES = 2 << 30
 CACHE = pathlib.Path(
