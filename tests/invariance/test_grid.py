@@ -2,8 +2,8 @@
 """Results do not depend on mesh, accumulation, remat or dispatch.
 
 Each cell runs all routers and is compared with one device that computes every
-expert on every token in float32. `make test` runs a slice of it, `.ci/run` half
-(two ways on each mesh, each way on some), `make test-grid` all.
+expert on every token in float32. `make test` runs a slice of it, `make
+test-grid` all.
 """
 
 import itertools
@@ -31,14 +31,6 @@ WAYS = [
   for m, mesh in enumerate(MESHES)
   for w, way in enumerate(OPTIONS)
   if (w.bit_count() + m) % 2 == 0
-]
-# What the shorter run leaves out: two of the four of each mesh.
-KEPT = ((0, 6), (1, 7), (3, 5), (2, 4))
-REST = [
-  cell
-  for cell in WAYS
-  if OPTIONS.index((cell.accumulation, cell.remat, cell.dispatch))
-  not in KEPT[list(MESHES).index(cell.mesh) % 4]
 ]
 OTHERS = [
   (EXPERT_CHOICE, "ragged"), (EXPERT_CHOICE, "padded"), (SWITCH, "padded"),
@@ -97,14 +89,7 @@ def test_slice(cell):
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize(
-  "cell",
-  [
-    pytest.param(cell, marks=pytest.mark.whole if cell in REST else [])
-    for cell in GRID
-  ],
-  ids=name_of,
-)
+@pytest.mark.parametrize("cell", GRID, ids=name_of)
 def test_grid(cell):
   check(cell)
 
@@ -115,15 +100,6 @@ def test_the_grid_has_every_pair():
   for i, j in itertools.combinations(range(3), 2):
     pairs = {(way[0], way[1 + i], way[1 + j]) for way in ways}
     assert len(pairs) == 4 * len(MESHES)
-
-
-def test_half_of_the_grid_has_every_way_on_some_mesh():
-  half = [cell for cell in WAYS if cell not in REST]
-  options = [(c.accumulation, c.remat, c.dispatch) for c in half]
-  assert set(options) == set(OPTIONS)
-  for mesh in MESHES:
-    own = [cell for cell in half if cell.mesh == mesh]
-    assert len(own) == 2
 
 
 def test_the_slice_has_every_mesh():

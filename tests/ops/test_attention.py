@@ -348,7 +348,8 @@ def test_against_torch(backend):
 
 
 def test_back_ends_are_those_of_the_config():
-  from moejax.config import ConfigError, ModelConfig
+  from moejax.config import ModelConfig
+  from moejax.errors import ConfigError
 
   for name in (*attention_ops.BACKENDS, "auto"):
     assert ModelConfig(attention=name).attention == name

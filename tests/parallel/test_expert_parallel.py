@@ -201,10 +201,11 @@ def test_no_device_gathers_all_tokens():
 
 def test_remat_need_not_exchange_again():
   """Rows each way, forward and backward; `full` sends them once more."""
-  given, rows = variables(Cell().router), batch()
+  router = "top_k(k=2)"
+  given, rows = variables(router), batch()
 
   def exchanged(remat):
-    cell = Cell("ep8", dispatch="ragged", remat=remat)
+    cell = Cell("ep8", dispatch="ragged", remat=remat, router=router)
     text = program(cell).lower(given, rows).compile().as_text()
     return sorted(x for kind, x in collectives(text) if kind == "all-to-all")
 

@@ -18,7 +18,7 @@ from moejax.models import build, init_variables
 from moejax.parallel import make_mesh
 from moejax.routing import Routing
 from moejax.step import BATCH_KEYS, init_state, state_shardings
-from moejax.train import _fresh_state
+from moejax.train import fresh_state
 
 E = 4
 
@@ -97,7 +97,7 @@ def test_a_run_begins_with_the_weights_of_its_seed(notebook, config):
   for seed in (0, 1):
     of_seed = dataclasses.replace(config, seed=seed)
     where = state_shardings(of_seed, model, mesh)
-    state = _fresh_state(of_seed, model, load_tokenizer("byte"), where)
+    state = fresh_state(of_seed, model, load_tokenizer("byte"), where)
     want = jax.jit(lambda of_seed=of_seed: init_state(of_seed, model))()
     jax.tree.map(np.testing.assert_array_equal, state.params, want.params)
     tables.append(np.asarray(state.params["w_embed_VD"]))
