@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -53,7 +54,7 @@ def address(path: str | os.PathLike) -> str | None:
     for start in (f"{scheme}://", f"{scheme}:/"):
       if text.startswith(start):
         return f"{scheme}://{text.removeprefix(start).strip('/')}"
-  if "://" in text:
+  if re.match(r"\w+://", text):
     known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
     raise UserError(
       f"{text} is an address of no known store; known are {known}"

@@ -32,7 +32,7 @@ def require(*packages):
   """Skips the test where a package is not installed."""
   for package in packages:
     if importlib.util.find_spec(package) is None:
-      pytest.skip(f"needs {package}: pip install 'moejax[dev,gcs]'")
+      pytest.skip(f"needs gcsfs and gcp-storage-emulator: pip install both")
 
 
 class Bucket:
@@ -49,7 +49,8 @@ class Bucket:
     self._server = _Server(("127.0.0.1", 0), _handler(self, port))
     self.url = f"http://127.0.0.1:{self._server.server_port}"
     self.lock = threading.Lock()
-    self.faults = []  # [pattern of "METHOD path", status, how often]
+    self.faults = []  # [pattern of "METHOD path", status, how often, every]
+    self.matched = 0
     self.refused = 0
     self.served = 0
     threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -71,18 +72,21 @@ class Bucket:
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
 
-  def refuse(self, pattern, status, times):
-    """Answers requests whose `METHOD path` matches with an error."""
-    self.refused = 0
-    self.faults = [[re.compile(pattern), status, times]]
+  def refuse(self, pattern, status, times, every=1):
+    """Answers every n-th request whose `METHOD path` matches with an error."""
+    self.refused = self.matched = 0
+    self.faults = [[re.compile(pattern), status, times, every]]
 
   def fault(self, line):
     """The status that a request is refused with, or None."""
     with self.lock:
       self.served += 1
       for fault in self.faults:
-        pattern, status, left = fault
-        if left and pattern.search(line):
+        pattern, status, left, every = fault
+        if not left or not pattern.search(line):
+          continue
+        self.matched += 1
+        if self.matched % every == 0:
           fault[2] -= 1
           self.refused += 1
           return status
