@@ -136,7 +136,10 @@ def write(path: str, data: bytes, new: bool = False) -> None:
       be this very call's: compare what is there.
   """
   mode = "create" if new else "overwrite"
-  _filesystem(path).pipe_file(path, data, mode=mode)
+  try:
+    _filesystem(path).pipe_file(path, data, mode=mode)
+  except FileNotFoundError:
+    raise StorageError(f"{path}: there is no such bucket; make it") from None
 
 
 @retried

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bucket on this machine: a public emulator behind a proxy that has faults.
 
-The emulator ignores preconditions such as `ifGenerationMatch=0` (write only what
-is not there), which a lock and TensorStore need, so the proxy sees to them. It
-can also refuse requests, and counts them.
+The emulator ignores preconditions such as `ifGenerationMatch=0` (write only
+what is not there), which a lock and TensorStore need, so the proxy sees to
+them. It can also refuse requests, and counts them.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def require(*packages):
   """Skips the test where a package is not installed."""
   for package in packages:
     if importlib.util.find_spec(package) is None:
-      pytest.skip(f"needs gcsfs and gcp-storage-emulator: pip install both")
+      pytest.skip("needs gcsfs and gcp-storage-emulator: pip install both")
 
 
 class Bucket:
