@@ -2,7 +2,6 @@
 """The host side of training: read, step, log, evaluate, save, in that order."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from moejax.models import Transformer, build, train_flops_per_token
 from moejax.parallel import differing_copies, on_one_device
 from moejax.profiling import Profiler, ProfileWindow
 from moejax.progress import TrainProgress
+from moejax.run_files import RunFiles
 from moejax.runlock import PreemptionGuard
 from moejax.stability import REASONS
 from moejax.step import TrainState, device_batch, shards_of
@@ -48,7 +48,7 @@ class Loop:
     tokenizer: Tokenizer,
     stores: data_lib.PhasedStores,
     checkpoints: Checkpointer,
-    workdir: Path,
+    files: RunFiles,
     state: TrainState,
     restored: Restored | None,
     held_out: HeldOut,
@@ -56,7 +56,7 @@ class Loop:
   ):
     self.dropped_noted = False
     self.config, self.models, self.tokenizer = config, models, tokenizer
-    self.stores, self.checkpoints, self.workdir = stores, checkpoints, workdir
+    self.stores, self.checkpoints, self.files = stores, checkpoints, files
     self.state = state
     self.step = int(state.step)
     self._enter(phase_at(config, self.step))
@@ -67,7 +67,7 @@ class Loop:
     if restored:
       self.tokens_U += np.array(restored.meta["source_tokens"], np.int64)
     self.saved_step = -1
-    self.profiler = Profiler(profile, workdir)
+    self.profiler = Profiler(profile, files.folder)
     # Step, metrics, and the rows of its batch, [B, 2]: source, row.
     self.pending: tuple[int, dict[str, Any], np.ndarray] | None = None
     self.times = dict.fromkeys(WAITS, 0.0)
@@ -82,7 +82,9 @@ class Loop:
     last = self.config.train.num_steps
     self.clock = time.perf_counter()
     with (
-      RunLog(self.workdir, self.step, jax.process_index() == 0) as self.log,
+      RunLog(
+        self.files.folder, self.step, jax.process_index() == 0
+      ) as self.log,
       TrainProgress(last, self.step) as self.progress,
     ):
       stop = False
@@ -195,7 +197,9 @@ class Loop:
         f"checkpoint before it: {newest}); use a lower "
         "optimizer.learning_rate in a new --workdir"
       )
-    advice = f"moejax replay {self.workdir} --step={step} shows in which layer"
+    advice = (
+      f"moejax replay {self.files.workdir} --step={step} shows in which layer"
+    )
     if step == many:
       advice = "before any update: look at the router or the data"
     raise UserError(
@@ -280,6 +284,7 @@ class Loop:
       sample = config.eval.sample_tokens and can_generate(config.model)
       if VALIDATION in due and sample:
         self._sample()
+      self.files.publish()
     for problem in failed:
       self.progress.message(f"step {self.step}: {problem}; training goes on")
     if failed and config.eval.task_errors == "stop":

@@ -3,7 +3,6 @@
 
 import itertools
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,8 +84,8 @@ def restore_or_none(
   return checkpoints.restore(abstract, step)
 
 
-def branch_point(name: str) -> tuple[Path, int]:
-  """Folder and step of `RUN` (its newest) or `RUN:step`.
+def branch_point(name: str) -> tuple[str, int]:
+  """Folder or address, and step of `RUN` (its newest) or `RUN:step`.
 
   Raises:
     DataError: no run there.
@@ -109,7 +108,7 @@ def branch_point(name: str) -> tuple[Path, int]:
       f"train.branch_from={name} are converted weights without a state; use "
       "train.init_from"
     )
-  return Path(path), step
+  return path, step
 
 
 def check_same_run(config: Config, meta: dict[str, Any]) -> None:

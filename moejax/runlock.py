@@ -24,6 +24,7 @@ import types
 import uuid
 from typing import Any, Self
 
+from moejax import storage
 from moejax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class RunLock:
   """
 
   def __init__(self, workdir: str | os.PathLike, holder: bool = True):
-    """Args: workdir: local folder, made if missing; gs:// paths are not locked.
+    """Args: workdir: folder, made if missing; `objectlock` has addresses.
 
     Nothing happens before `acquire`.
     """
@@ -72,11 +73,7 @@ class RunLock:
     """
     if not self._holder or self._fd is not None:
       return
-    if "://" in self.workdir:
-      logger.warning(
-        "no lock on %s: make sure that no other run uses it", self.workdir
-      )
-      return
+    storage.require_folder(self.workdir, "what this command writes")
     try:
       os.makedirs(self.workdir, exist_ok=True)
       fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -113,6 +110,9 @@ class RunLock:
         os.ftruncate(fd, 0)
     os.close(fd)
 
+  def require_held(self) -> None:
+    """Does nothing: what flock has given, nobody takes away."""
+
   def __enter__(self) -> Self:
     self.acquire()
     return self
@@ -123,7 +123,7 @@ class RunLock:
   def _take(self, fd: int) -> None:
     locked = _flock(fd)
     if locked is False:
-      raise RunLockError(_in_use(self.workdir, _read(fd)))
+      raise RunLockError(in_use(self.workdir, _read(fd)))
     previous = _read(fd)
     if previous is not None:
       self._supersede(fd, previous, locked)
@@ -144,7 +144,7 @@ class RunLock:
       time.sleep(SETTLE)
       written = _read(fd)
       if written is None or written["token"] != self._token:
-        raise RunLockError(_in_use(self.workdir, written))
+        raise RunLockError(in_use(self.workdir, written))
 
   def _supersede(self, fd: int, previous: dict, locked: bool | None) -> None:
     """Makes sure that the holder on record is dead.
@@ -167,7 +167,7 @@ class RunLock:
       )  # fmt: skip
       alive = _is_touched(fd, PATIENCE)
     if alive:
-      raise RunLockError(_in_use(self.workdir, previous))
+      raise RunLockError(in_use(self.workdir, previous))
     logger.warning(
       "taking over %s from a run that died (pid %d on %s, started %s)",
       self.workdir, previous["pid"], previous["host"], previous["started"],
@@ -251,7 +251,7 @@ def _is_touched(fd: int, seconds: float) -> bool:
   return False
 
 
-def _in_use(workdir: str, info: dict[str, Any] | None) -> str:
+def in_use(workdir: str, info: dict[str, Any] | None) -> str:
   who = "another run"
   if info is not None:
     who = (

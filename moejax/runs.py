@@ -15,11 +15,14 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
+from moejax import storage
 from moejax.checkpoint import Checkpointer, CheckpointReader
 from moejax.config import (
   Config,
@@ -42,6 +45,7 @@ from moejax.models import (
 from moejax.models.transformer import boxed_variables
 from moejax.parallel import build_on_mesh, make_mesh, shardings
 from moejax.routing import home_of, resolve
+from moejax.run_files import CHECKPOINTS, fetched
 
 EMA = "ema"  # the item of a checkpoint that has averaged parameters
 PACKAGES = (
@@ -61,8 +65,15 @@ class Run:
   step: int
 
 
-def checkpoint_folder(workdir: str | os.PathLike) -> Path:
-  return Path(workdir) / "checkpoints"
+def checkpoint_folder(workdir: str | os.PathLike) -> Path | epath.Path:
+  """Of a run's folder or address."""
+  found = storage.address(workdir)
+  return (epath.Path(found) if found else Path(workdir)) / CHECKPOINTS
+
+
+def origin_of(workdir: str | os.PathLike) -> str:
+  """What to call a run elsewhere: its address, or the folder's whole path."""
+  return storage.address(workdir) or os.path.abspath(workdir)
 
 
 def load_run(
@@ -151,7 +162,7 @@ def read_tokenizer(
   Raises:
     CheckpointError: it is not that of the checkpoint whose JSON is `meta`.
   """
-  tokenizer = load_tokenizer(Path(workdir))
+  tokenizer = load_tokenizer(fetched(workdir))
   if meta is not None and meta["tokenizer"] != tokenizer.digest:
     raise CheckpointError(
       f"the tokenizer in {workdir} (sha256 {tokenizer.digest[:12]}) is not the "
@@ -162,10 +173,14 @@ def read_tokenizer(
 
 
 def open_checkpoints(
-  workdir: str | os.PathLike, config: Config
+  workdir: str | os.PathLike,
+  config: Config,
+  before_commit: Callable[[], None] | None = None,
 ) -> Checkpointer:
   c = config.checkpoint
-  return Checkpointer(checkpoint_folder(workdir), c.keep_last, c.keep_every)
+  return Checkpointer(
+    checkpoint_folder(workdir), c.keep_last, c.keep_every, before_commit
+  )
 
 
 def abstract_variables(model: Transformer) -> Variables:
@@ -186,11 +201,12 @@ def on_device(abstract: Any) -> Any:
 
 def read_config(workdir: str | os.PathLike) -> Config:
   """The config that the run in this folder was started with."""
-  path = Path(workdir) / "config.json"
+  folder = fetched(workdir)
+  path = folder / "config.json"
   try:
     record = json.loads(path.read_text())
     config = Config.from_dict(record["config"])
-    _require_trusted(config, Path(workdir), record["router_home"])
+    _require_trusted(config, folder, record["router_home"])
     return config
   except FileNotFoundError:
     raise DataError(

@@ -49,7 +49,8 @@ from moejax.resume import (
   refuse_converted,
   restore_or_none,
 )
-from moejax.runlock import EXIT_SAVED, PreemptionGuard, RunLock
+from moejax.run_files import RunFiles, fetched
+from moejax.runlock import EXIT_SAVED, PreemptionGuard
 from moejax.step import (
   TrainState,
   abstract_state,
@@ -109,7 +110,9 @@ def train(
   Raises:
     UserError: anything that a person can fix; nothing is half-written.
   """
-  workdir, began = Path(workdir), time.time()
+  first, began = jax.process_index() == 0, time.time()
+  files = RunFiles(workdir, first)
+  workdir = files.workdir
   keep_freed_memory()
   keep_programs()
   # Before anything is written: what is wrong with the data or the config.
@@ -128,9 +131,8 @@ def train(
   shardings = state_shardings(config, model, mesh)
   abstract = abstract_state(config, model, shardings)
   check_state_fits(abstract)
-  first = jax.process_index() == 0
-  with RunLock(workdir, holder=first), PreemptionGuard() as guard:
-    with runs.open_checkpoints(workdir, config) as checkpoints:
+  with files, PreemptionGuard() as guard:
+    with runs.open_checkpoints(workdir, config, files.send) as checkpoints:
       restored = restore_or_none(
         config, abstract, checkpoints, tokenizer, stores
       )
@@ -141,14 +143,14 @@ def train(
       )
       start = int(state.step)
       if first and start and checkpoints.is_empty():
-        _take_logs(config, workdir)
+        _take_logs(config, files.folder)
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")
         if first:
-          runs.write_files(workdir, config, tokenizer)
+          runs.write_files(files.folder, config, tokenizer)
         if report:
-          _report(workdir)
+          _report(files.folder)
         return 0
       left = [p for p in phases_of(config) if p.end > start]
       models = {p: build_on_mesh(p.config, mesh) for p in phases_of(config)}
@@ -158,7 +160,7 @@ def train(
         tokenizer,
         stores,
         checkpoints,
-        workdir,
+        files,
         state,
         restored,
         held_out,
@@ -168,14 +170,16 @@ def train(
       ready = time.time()
       programs = compile_phases(config, model, mesh, left)
       if first:
-        runs.write_files(workdir, config, tokenizer)
+        runs.write_files(files.folder, config, tokenizer)
         compiling = time.time() - ready
-        goodput.record_launch(workdir, start, began, ready - began, compiling)
+        goodput.record_launch(
+          files.folder, start, began, ready - began, compiling
+        )
       stopped = loop.run(programs, guard)
-    if first and (found := goodput.of_run(workdir)):
+    if first and (found := goodput.of_run(files.folder)):
       print(found.describe(), flush=True)
     if report:
-      _report(workdir)
+      _report(files.folder)
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")
     return EXIT_SAVED
@@ -198,7 +202,7 @@ def announce(
   config: Config,
   model: Transformer,
   stores: data_lib.PhasedStores,
-  workdir: Path,
+  workdir: str | Path,
   start: int,
 ) -> None:
   """Prints what runs where, once."""
@@ -262,28 +266,29 @@ def fresh_state(
   )
 
 
-def _take_logs(config: Config, workdir: Path) -> None:
+def _take_logs(config: Config, folder: Path) -> None:
   """A branch begins with the lines of what it goes on from."""
-  source, step = branch_point(config.train.branch_from)
-  print(f"a branch of {source}, step {step}")
-  workdir.mkdir(parents=True, exist_ok=True)
+  run, step = branch_point(config.train.branch_from)
+  print(f"a branch of {run}, step {step}")
+  source = fetched(run)
+  folder.mkdir(parents=True, exist_ok=True)
   for name in FILES:  # `RunLog` cuts what came later
     if (source / name).exists():
-      shutil.copyfile(source / name, workdir / name)
+      shutil.copyfile(source / name, folder / name)
 
 
 def _on_host(tree: Any) -> Any:
   return jax.tree.map(np.asarray, tree)
 
 
-def _report(workdir: Path) -> None:
+def _report(folder: Path) -> None:
   if jax.process_index():
     return
   from moejax.report import write_report
 
   print("drawing the report...", flush=True)
   try:
-    print(f"report: {write_report(workdir)}", flush=True)
+    print(f"report: {write_report(folder)}", flush=True)
   except UserError as e:
     # The run itself is done and saved: no reason to fail it.
     print(f"no report: {e}", file=sys.stderr)

@@ -18,12 +18,12 @@ FOLDERS = ("moejax", "configs", "tests", "benchmarks", "experiments")
 
 # From the bottom up: a module imports its own layer and those before it.
 LAYERS = {
-  "foundation": "config spec shapes errors files",
+  "foundation": "config spec shapes errors files storage",
   "mechanisms": "ops routing dispatch experts",
   "parts": (
-    "models data parallel checkpoint runlock optimizer losses metrics "
-    "event_file progress sampling hardware phases stability profiling "
-    "goodput"
+    "models data parallel checkpoint runlock objectlock run_files optimizer "
+    "losses metrics event_file progress sampling hardware phases stability "
+    "profiling goodput"
   ),
   "commands": (
     "__main__ cli train loop init_from resume step memory runs evaluate "

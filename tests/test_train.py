@@ -49,7 +49,7 @@ def digest(run):
   abstract = runs.on_device(
     jax.eval_shape(lambda: init_state(config, build(config.model)))
   )
-  restored = CheckpointReader(run / "checkpoints").restore(abstract)
+  restored = CheckpointReader(runs.checkpoint_folder(run)).restore(abstract)
   return restored.step, state_digest(restored.state)
 
 

@@ -11,6 +11,7 @@ from moejax.checkpoint import CheckpointReader
 from moejax.config import Config, ModelConfig, ParallelConfig
 from moejax.errors import CheckpointError, ConfigError, UserError
 from moejax.init_from import changed_meaning
+from moejax.run_files import fetched
 from moejax.runs import Run
 
 
@@ -107,7 +108,7 @@ def _is_number(text: str) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-  return (folder / "config.json").is_file()
+  return (fetched(folder) / "config.json").is_file()
 
 
 def _reader(folder: Path) -> CheckpointReader:

@@ -21,6 +21,9 @@ from moejax.cli import apply_overrides, parse_overrides, whole_number
 from moejax.config import ParallelConfig, config_after, default_config
 from moejax.errors import ConfigError, UserError
 from moejax.progress import format_count
+from moejax.run_files import fetched, send_folder
+
+OUTPUT = "analysis"  # the folder beside the newest checkpoint's run
 
 
 def main(argv: list[str]) -> int:
@@ -34,8 +37,11 @@ def main(argv: list[str]) -> int:
   if args.min_count < 1:
     raise ConfigError(f"--min-count={args.min_count} must be positive")
   checkpoints = find(args.checkpoint, parallel)
-  folder = args.output or os.path.join(checkpoints[-1].folder, "analysis")
+  last = checkpoints[-1].folder
+  folder = args.output or fetched(last) / OUTPUT
   print(analyze(checkpoints, plan, folder, args.min_count))
+  if not args.output:
+    send_folder(last, OUTPUT)
   return 0
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from moejax.checkpoint import leaves, processes
+from moejax.checkpoint import files, leaves, processes
 
 # The name of a leaf that is itself a top-level key.
 ALONE = "value"
@@ -163,7 +163,9 @@ def read_leaf(
 
   item, *path = _keys(name.split("/"))
   base = f"{os.fspath(folder / item)}/"
-  kvstore: dict[str, Any] = {"driver": "file", "path": base}
+  # TensorStore's own name for it, or its address.
+  local: dict[str, Any] = {"driver": "file", "path": base}
+  kvstore = local if files.is_local(folder) else base
   if (folder / item / "manifest.ocdbt").exists():
     kvstore = {"driver": "ocdbt", "base": kvstore}
   inside = {"driver": "zarr", "kvstore": kvstore, "path": ".".join(path)}

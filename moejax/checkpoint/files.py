@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that survive a power cut, and their digests; local or gs:// paths."""
+"""Files that survive a power cut, and their digests; local or gs:// paths.
+
+At an address each file is an object: whole or not there, and on other disks
+than this host's.
+"""
 
 import concurrent.futures
 import contextlib
@@ -12,16 +16,41 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from moejax import storage
+from moejax.errors import UserError
+
 CHUNK = 4 << 20  # bytes read at a time
 THREADS = 4  # hashlib lets go of the interpreter lock
 
 
 def is_local(path: epath.Path) -> bool:
-  return "://" not in os.fspath(path)
+  return storage.address(path) is None
+
+
+def folder_of(path: str | os.PathLike) -> epath.Path:
+  """The path as one that knows its address, or else as it is.
+
+  Raises:
+    UserError: the library that its store needs is not installed.
+  """
+  if found := storage.address(path):
+    storage.require_backend(found)
+  return epath.Path(found or path)
+
+
+def require_writable(path: epath.Path) -> None:
+  """Refuses addresses that Orbax, of the library versions, cannot write."""
+  if not is_local(path) and not os.fspath(path).startswith("gs://"):
+    raise UserError(
+      f"{path}: Orbax writes checkpoints to folders and gs://, no other "
+      "store; use one of these, or mount the bucket"
+    )
 
 
 def list_files(folder: epath.Path) -> list[str]:
   """All files below the folder, links included, as sorted relative names."""
+  if not is_local(folder):
+    return sorted(storage.sizes(os.fspath(folder)))
   names = []
   for root, _, files in folder.walk():
     names += [os.fspath(root.relative_to(folder) / name) for name in files]
@@ -40,14 +69,15 @@ def digest_files(
   """
 
   def digest(name: str) -> tuple[int, str] | OSError:
+    path = folder / name
     try:
-      return _digest(folder / name, sync)
+      return _digest(path, sync) if is_local(path) else _digest_object(path)
     except OSError as e:
       return e
 
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     digests = dict(zip(names, pool.map(digest, names)))
-  if sync:
+  if sync and is_local(folder):
     for parent in {(folder / name).parent for name in names}:
       while parent != folder.parent:
         sync_folder(parent)
@@ -61,18 +91,30 @@ def _digest(path: epath.Path, sync: bool) -> tuple[int, str]:
     while chunk := f.read(CHUNK):
       size += len(chunk)
       digest.update(chunk)
-    if sync and is_local(path):
+    if sync:
       os.fsync(f.fileno())
   return size, digest.hexdigest()
 
 
+@storage.retried
+def _digest_object(path: epath.Path) -> tuple[int, str]:
+  return _digest(path, sync=False)
+
+
+def read_bytes(path: epath.Path) -> bytes:
+  """A file's content, of a small one."""
+  return path.read_bytes() if is_local(path) else storage.read(os.fspath(path))
+
+
 def write_text(path: epath.Path, text: str) -> None:
   """Writes the file and brings it to the disk."""
+  if not is_local(path):
+    storage.write(os.fspath(path), text.encode())
+    return
   with path.open("w") as f:
     f.write(text)
-    if is_local(path):
-      f.flush()
-      os.fsync(f.fileno())
+    f.flush()
+    os.fsync(f.fileno())
 
 
 def sync_folder(folder: epath.Path) -> None:
@@ -96,8 +138,11 @@ def rename(source: epath.Path, target: epath.Path) -> None:
 
 def remove(path: epath.Path) -> None:
   """Removes a file, link or folder if it is there."""
+  if not is_local(path):
+    storage.remove_all(os.fspath(path))
+    return
   with contextlib.suppress(FileNotFoundError):
-    if path.is_dir() and not (is_local(path) and os.path.islink(path)):
+    if path.is_dir() and not os.path.islink(path):
       path.rmtree()
     else:
       path.unlink()

@@ -2,9 +2,11 @@
 """The folder of checkpoints: what in it is a step, a leftover or a stray."""
 
 import enum
+import os
 
 from etils import epath
 
+from moejax import storage
 from moejax.checkpoint import files, manifest
 
 
@@ -19,11 +21,14 @@ class Kind(enum.Enum):
 
 def kind(folder: epath.Path) -> Kind:
   """Looks at what would be a step's folder."""
-  if not folder.exists():
+  local = files.is_local(folder)
+  if local and not folder.exists():
     return Kind.MISSING
-  if not is_step(folder.name) or not folder.is_dir():
+  if not is_step(folder.name) or (local and not folder.is_dir()):
     return Kind.STRAY
   inside = _names(folder)
+  if not local and not inside:
+    return Kind.MISSING
   if manifest.NAME in inside:
     return Kind.COMMITTED
   # An empty folder is what a kill just after making or just before removing it
@@ -58,12 +63,17 @@ def is_step(name: str) -> bool:
 
 def begin(folder: epath.Path) -> None:
   """Makes the folder of a step, marked as unfinished."""
-  folder.mkdir(parents=True, exist_ok=True)
+  if files.is_local(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   files.write_text(folder / manifest.UNFINISHED, "")
 
 
 def commit(folder: epath.Path, text: str) -> None:
   """Makes the step exist, in one atomic operation."""
+  if not files.is_local(folder):
+    files.write_text(folder / manifest.NAME, text)
+    files.remove(folder / manifest.UNFINISHED)
+    return
   files.write_text(folder / manifest.UNFINISHED, text)
   files.rename(folder / manifest.UNFINISHED, folder / manifest.NAME)
   files.sync_folder(folder.parent)
@@ -71,8 +81,13 @@ def commit(folder: epath.Path, text: str) -> None:
 
 def delete(folder: epath.Path) -> None:
   """Removes a step; at no moment does a half-deleted one look whole."""
-  if (folder / manifest.NAME).exists():
-    files.rename(folder / manifest.NAME, folder / manifest.UNFINISHED)
+  if manifest.NAME in _names(folder):
+    if files.is_local(folder):
+      files.rename(folder / manifest.NAME, folder / manifest.UNFINISHED)
+    else:
+      # With both names it exists; without either it would be a stray.
+      files.write_text(folder / manifest.UNFINISHED, "")
+      files.remove(folder / manifest.NAME)
   for name in _names(folder):
     if name != manifest.UNFINISHED:
       files.remove(folder / name)
@@ -91,6 +106,8 @@ def move_aside(folder: epath.Path) -> epath.Path:
 
 
 def _names(folder: epath.Path) -> list[str]:
+  if not files.is_local(folder):
+    return storage.names(os.fspath(folder))
   try:
     return [path.name for path in folder.iterdir()]
   except (FileNotFoundError, NotADirectoryError):

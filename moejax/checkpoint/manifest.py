@@ -61,7 +61,7 @@ class Manifest:
       CheckpointError: intact, but of another format.
     """
     try:
-      text = (folder / NAME).read_bytes().decode()
+      text = files.read_bytes(folder / NAME).decode()
     except FileNotFoundError:
       raise Damage(NAME, "missing") from None
     except (OSError, UnicodeDecodeError) as e:

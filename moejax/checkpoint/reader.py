@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from moejax.checkpoint import arrays, layout, leaves, processes
+from moejax.checkpoint import arrays, files, layout, leaves, processes
 from moejax.checkpoint.manifest import ARRAYS, META, Damage, Manifest
 from moejax.checkpoint.streaming import LeafReader
 from moejax.errors import CheckpointError
@@ -39,8 +39,8 @@ class CheckpointReader:
 
   def __init__(self, directory: str | os.PathLike):
     """Args: directory: where the steps are; local or gs://; may be missing."""
-    self.directory = epath.Path(directory)
-    if "://" not in os.fspath(self.directory):
+    self.directory = files.folder_of(directory)
+    if files.is_local(self.directory):
       self.directory = epath.Path(os.path.abspath(self.directory))
     # Steps that turned out not to be what was written, and why.
     self._damaged: dict[int, str] = {}
@@ -198,7 +198,7 @@ class CheckpointReader:
     return manifest, ""
 
   def _read_meta(self, step: int, manifest: Manifest) -> dict[str, Any]:
-    return json.loads((self._folder(step) / META).read_text())
+    return json.loads(files.read_bytes(self._folder(step) / META))
 
   def _none_message(self, tried: dict[int, str]) -> str:
     reasons = self._damaged | tried

@@ -6,7 +6,7 @@ import logging
 import operator
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 from etils import epath
@@ -36,6 +36,7 @@ class Checkpointer(CheckpointReader):
     directory: str | os.PathLike,
     keep_last: int,
     keep_every: int = 0,
+    before_commit: Callable[[], None] | None = None,
   ):
     """Makes the folder and removes unfinished steps from it.
 
@@ -43,20 +44,26 @@ class Checkpointer(CheckpointReader):
       directory: where the steps are; local or gs://.
       keep_last: how many of the newest stay.
       keep_every: multiples of this stay for good; 0 is none.
+      before_commit: called when all files of a step are written, by the first
+        process, in the background; what it raises fails the save.
 
     Raises:
       CheckpointError: the folder cannot be made or written.
+      UserError: an address that Orbax writes no arrays to.
     """
     super().__init__(directory)
+    files.require_writable(self.directory)
     self.keep_last, self.keep_every = keep_last, keep_every
     self._thread: threading.Thread | None = None
     self._error: CheckpointError | None = None
     self._commits = 0
+    self._before_commit = before_commit
     arrays.load_orbax()
     if not processes.is_first():
       return
     try:
-      self.directory.mkdir(parents=True, exist_ok=True)
+      if files.is_local(self.directory):
+        self.directory.mkdir(parents=True, exist_ok=True)
       files.sync_folder(self.directory.parent)
       for step in layout.numbered(self.directory):
         if layout.kind(self._folder(step)) != layout.Kind.UNFINISHED:
@@ -190,6 +197,8 @@ class Checkpointer(CheckpointReader):
     if processes.is_first() and failure is None:
       try:
         digests = _collect_digests(folder)
+        if self._before_commit is not None:
+          self._before_commit()
         layout.commit(folder, Manifest(step, table, digests).to_text())
         self._damaged.pop(step, None)
         self._retire(step)
@@ -282,7 +291,7 @@ def _collect_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
   for i in range(count):
     path = folder / DIGESTS.format(i)
     try:
-      digests |= json.loads(path.read_text())
+      digests |= json.loads(files.read_bytes(path))
     except FileNotFoundError:
       raise CheckpointError(f"process {i} could not write its part") from None
     files.remove(path)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import runs
+from moejax import runs, storage
 from moejax.checkpoint import CheckpointReader, LeafReader
 from moejax.checkpoint.leaves import describe
 from moejax.config import Config, ModelConfig, config_after, differences
@@ -63,6 +63,7 @@ def to_hf(
     UserError: no family fits, the target holds something else, or the disk is
       full.
   """
+  storage.require_folder(target, "the export")
   source = Path(source)
   config, words = runs.read_config(source), runs.read_tokenizer(source)
   checkpoints = CheckpointReader(runs.checkpoint_folder(source))
@@ -74,7 +75,7 @@ def to_hf(
   leaves = _Averaged(leaves) if ema else leaves
   config = config_after(config, found)
   name, values = hub_values(config.model, words, hub_config(source), family)
-  mark = {"from": os.path.abspath(source), "step": found}
+  mark = {"from": runs.origin_of(source), "step": found}
   mark |= {"tokenizer": meta["tokenizer"]} | ({"ema": True} if ema else {})
   export = Export(Path(target), name, values, config.model, leaves, dtype)
   size = export.write(words, source / HUB, mark, shard_bytes)

@@ -125,7 +125,7 @@ def upcycle(
     ),
   )
   origin = dataclasses.asdict(recipe) | {
-    "run": os.path.abspath(source),
+    "run": runs.origin_of(source),
     "step": found,
     "seed": config.seed,
   }

@@ -19,7 +19,7 @@ from typing import Any
 
 from moejax.config import DataConfig
 from moejax.data import manifest as manifest_lib
-from moejax.data import parts, sources, store, workers
+from moejax.data import parts, remote, sources, store, workers
 from moejax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from moejax.errors import DataError
 from moejax.files import write_atomically
@@ -76,6 +76,8 @@ def _prepare_source(
   say: Say,
 ) -> pathlib.Path:
   folder = store.store_path(config, spec, tokenizer)
+  if not rebuild:  # what is there may be what is to be replaced
+    remote.fetch(config, folder)
   source = sources.open_source(spec, config.text_key)
   finished = (folder / manifest_lib.MANIFEST).exists()
   known = store.read_verified(folder)["sources"]
@@ -84,6 +86,7 @@ def _prepare_source(
     changed = _changed_files(folder, digests)
     if not changed and (opened := _open(folder, tokenizer, rebuild)):
       store.remember_verified(folder, sources=digests)
+      remote.send(config, folder, again=rebuild)
       say(f"{spec}: ready, {_describe(opened.manifest)} in {folder}")
       return folder
     if changed and not rebuild:
@@ -99,6 +102,7 @@ def _prepare_source(
     _write_parts(building, plan, source, tokenizer, processes, spec)
     manifest = _finish(building, plan, tokenizer, digests, spec)
     _put_in_place(building, folder)
+  remote.send(config, folder, again=rebuild)
   seconds = format_seconds(time.monotonic() - start)
   say(f"{spec}: {_describe(manifest)} in {folder}, {seconds}")
   if config.validation_fraction and "validation" not in manifest["splits"]:

@@ -18,12 +18,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from moejax import storage
 from moejax.config import DataConfig
 from moejax.data import sources
 from moejax.data.manifest import DATASET, FORMAT, MANIFEST, read_manifest
 from moejax.data.packing import Row
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
+from moejax.files import cache_folder
 
 VERIFIED = "verified.json"
 _THREADS = 4
@@ -34,17 +36,14 @@ def store_path(
 ) -> pathlib.Path:
   """The folder of the store of one source; anything that matters changes it.
 
-  Raises:
-    DataError: `config.store` is an address rather than a folder.
+  Of a store at an address, that of its copy here.
   """
-  if "://" in config.store:
-    raise DataError(
-      f"data.store={config.store} must be a folder of this machine; mount the "
-      "bucket (gcsfuse), or copy the stores"
-    )
   key = store_key(config, spec, tokenizer)
   digest = sources.text_digest(json.dumps(key, sort_keys=True))
   name = f"{sources.slug(spec)}-{tokenizer.name}-T{config.seq_len}-{digest[:8]}"
+  if found := storage.address(config.store):
+    digest = sources.text_digest(found)[:16]
+    return cache_folder("token_stores") / digest / name
   return pathlib.Path(config.store) / name
 
 

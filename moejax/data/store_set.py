@@ -8,7 +8,7 @@ import numpy as np
 
 from moejax.config import DataConfig, EvalSetConfig
 from moejax.data import manifest as manifest_lib
-from moejax.data import sources, store
+from moejax.data import remote, sources, store
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
@@ -61,6 +61,7 @@ def open_stores(config: DataConfig, tokenizer: Tokenizer) -> StoreSet:
   stores = []
   for spec in config.sources:
     folder = store.store_path(config, spec, tokenizer)
+    remote.fetch(config, folder)
     if not (folder / manifest_lib.MANIFEST).exists():
       raise DataError(_missing(config, spec, folder))
     opened = store.TokenStore.open(folder, tokenizer)

@@ -8,7 +8,9 @@ others, so that the end of one ends all, with a message that names it.
 
 import argparse
 import contextlib
+import hashlib
 import os
+import pathlib
 import re
 import secrets
 import sys
@@ -18,8 +20,10 @@ from collections.abc import Iterator
 
 import jax
 
+from moejax import storage
 from moejax.checkpoint import processes
 from moejax.errors import UserError
+from moejax.files import cache_folder
 from moejax.parallel.peers import EXIT_PEER_LOST, Peers
 
 _SILENT = 2.0  # seconds of waiting before it is said
@@ -67,7 +71,8 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
     sys.stdout = open(os.devnull, "w")
   try:
     start = processes.from_first(secrets.randbits(31))
-    with Peers(workdir, start, index, count, args.lost_after) as peers:
+    place = _shared_folder(workdir)
+    with Peers(place, start, index, count, args.lost_after) as peers:
       try:
         yield
       except UserError as e:
@@ -83,6 +88,20 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
         _exit(EXIT_PEER_LOST)
   finally:
     sys.stdout.flush()
+
+
+def _shared_folder(workdir: str) -> pathlib.Path:
+  """Where processes leave signs of life.
+
+  At an address a file a second would cost more than it tells: those of one host
+  see each other in a folder of it, and JAX's own heartbeat, which is slower and
+  says less, watches the hosts.
+  """
+  found = storage.address(workdir)
+  if found is None:
+    return pathlib.Path(workdir)
+  digest = hashlib.sha256(found.encode()).hexdigest()[:16]
+  return cache_folder("processes") / digest
 
 
 def _join(args: argparse.Namespace) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from moejax.errors import UserError
 from moejax.report.charts import Chart
 from moejax.report.rundata import RunData, load_run_data
+from moejax.run_files import fetched, send_folder
 
 OVERVIEW = "overview.png"
 
@@ -59,9 +60,10 @@ def write_report(
   """
   from moejax.report import page, pictures
 
-  run = load_run_data(Path(workdir))
+  source = fetched(workdir)
+  run = load_run_data(source)
   sections = make_charts(run)
-  folder = Path(workdir) / "report" if output is None else Path(output)
+  folder = source / "report" if output is None else Path(output)
   charts = [chart for group in sections.values() for chart in group]
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,8 @@ def write_report(
     pictures.save_overview(run, charts, folder / OVERVIEW)
   except OSError as e:
     raise UserError(f"cannot write the report to {folder}: {e}") from e
+  if output is None:
+    send_folder(workdir, folder.name)
   return path
 
 

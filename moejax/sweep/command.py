@@ -7,6 +7,7 @@ import difflib
 import sys
 from pathlib import Path
 
+from moejax import storage
 from moejax.cli import make_importable, parse_overrides
 from moejax.errors import ConfigError
 from moejax.runlock import EXIT_SAVED
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
   whole = load_sweep(args.sweep)
   sweep = _narrowed(whole, args)
   planned = plan_runs(sweep, extra)
+  storage.require_folder(args.workdir, "--workdir of a sweep")
   workdir = args.workdir.absolute()
   if args.jobs is not None and args.jobs < 1:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1")

@@ -18,7 +18,7 @@ from moejax.data import (
 )
 from moejax.data.manifest import read_manifest
 from moejax.data.store import TokenStore, store_path
-from moejax.errors import DataError
+from moejax.errors import DataError, UserError
 from tests.data.corpora import make_stores
 
 
@@ -137,9 +137,9 @@ def test_a_missing_store_tells_the_command_and_what_there_is(made):
     open_stores(other, load_tokenizer("byte"))
 
 
-def test_an_address_is_no_folder(made):
-  config = dataclasses.replace(made[0], store="gs://bucket/stores")
-  with pytest.raises(DataError, match="mount the bucket"):
+def test_an_address_of_no_known_store_is_refused(made):
+  config = dataclasses.replace(made[0], store="ftp://host/stores")
+  with pytest.raises(UserError, match="known are gs://, s3://"):
     open_stores(config, load_tokenizer("byte"))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows go to their experts and back, each once, or are counted as dropped."""
 
+import dataclasses
 import functools
 import re
 
