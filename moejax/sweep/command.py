@@ -35,10 +35,10 @@ def main(argv: list[str]) -> int:
   args, extra = _parse(argv)
   if args.sweep is None or args.workdir is None:
     raise ConfigError("give --sweep=FILE.py and --workdir=DIR")
+  storage.require_folder(args.workdir, "--workdir of a sweep")
   whole = load_sweep(args.sweep)
   sweep = _narrowed(whole, args)
   planned = plan_runs(sweep, extra)
-  storage.require_folder(args.workdir, "--workdir of a sweep")
   workdir = args.workdir.absolute()
   if args.jobs is not None and args.jobs < 1:
     raise ConfigError(f"--jobs={args.jobs} must be at least 1")

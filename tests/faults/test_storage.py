@@ -231,7 +231,8 @@ def test_a_damaged_token_store_at_an_address(place, bucket, another_host):
     (("eval", "gs://moejax-test/runs/nothing"), "not the folder of a run"),
     (("eval", "gs://no-such-bucket/run"), "not the folder of a run"),
     (("convert", "to-hf", "run", "gs://moejax-test/hub"), "the export"),
-    (("sweep", "--sweep=x.py", "--workdir=gs://moejax-test/s"), ""),
+    (("sweep", "--sweep=x.py", "--workdir=gs://moejax-test/s"),
+     "--workdir of a sweep"),
   ],
   ids=lambda words: " ".join(words[:3]) if isinstance(words, tuple) else "",
 )  # fmt: skip
