@@ -6,7 +6,7 @@ One folder a step:
   checkpoints/1000/
     arrays/params/ ...     Orbax, one item for each top-level key of the state
     meta.json              the caller's JSON: data position, config, versions
-    manifest.json          size and SHA-256 of each file above; written last
+    manifest.json          size and digest of each file above; written last
 
 `manifest.json` is the commit marker: a step without an intact one does not
 exist. While a step is being written or deleted the file has the name

@@ -8,19 +8,19 @@ than this host's.
 import concurrent.futures
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import shutil
 from collections.abc import Sequence
 
+import xxhash
 from etils import epath
 
 from moejax import storage
 from moejax.errors import UserError
 
-CHUNK = 4 << 20  # bytes read at a time
-THREADS = 4  # hashlib lets go of the interpreter lock
+CHUNK = 1 << 20  # bytes read at a time, which stay in a core's cache
+THREADS = 4  # hashing lets go of the interpreter lock
 
 
 def is_local(path: epath.Path) -> bool:
@@ -60,7 +60,10 @@ def list_files(folder: epath.Path) -> list[str]:
 def digest_files(
   folder: epath.Path, names: Sequence[str], sync: bool = False
 ) -> dict[str, tuple[int, str] | OSError]:
-  """(bytes, SHA-256) of each file, or the error that reading it gave.
+  """(bytes, digest) of each file, or the error that reading it gave.
+
+  XXH3 of 128 bits: against what disks and memory do, not against people, who
+  could write another manifest; four times as fast here as SHA-256.
 
   Args:
     folder: what the names are relative to.
@@ -86,11 +89,12 @@ def digest_files(
 
 
 def _digest(path: epath.Path, sync: bool) -> tuple[int, str]:
-  size, digest = 0, hashlib.sha256()
+  size, digest = 0, xxhash.xxh3_128()
+  chunk = memoryview(bytearray(CHUNK))
   with path.open("rb") as f:
-    while chunk := f.read(CHUNK):
-      size += len(chunk)
-      digest.update(chunk)
+    while count := f.readinto(chunk):
+      size += count
+      digest.update(chunk[:count])
     if sync:
       os.fsync(f.fileno())
   return size, digest.hexdigest()

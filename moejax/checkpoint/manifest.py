@@ -22,7 +22,7 @@ NAME = "manifest.json"
 UNFINISHED = "manifest.json.tmp"
 META = "meta.json"
 ARRAYS = "arrays"
-FORMAT = 1
+FORMAT = 2
 
 
 class Damage(Exception):
@@ -38,7 +38,7 @@ class Manifest:
 
   step: int
   leaves: Mapping[str, Leaf]
-  files: Mapping[str, tuple[int, str]]  # relative name -> (bytes, SHA-256)
+  files: Mapping[str, tuple[int, str]]  # relative name -> (bytes, XXH3)
 
   def to_text(self) -> str:
     body = {
@@ -127,13 +127,14 @@ class Manifest:
     self._check_digest(name, files.digest_files(folder, [name])[name])
 
   def _check_digest(self, name: str, digest: tuple[int, str] | OSError) -> None:
-    size, sha256 = self.files[name]
+    size, expected = self.files[name]
     if isinstance(digest, OSError):
       raise Damage(name, f"unreadable ({digest})")
     if digest[0] != size:
       raise Damage(name, f"{digest[0]} bytes instead of {size}")
-    if digest[1] != sha256:
-      raise Damage(name, f"SHA-256 {digest[1][:12]} instead of {sha256[:12]}")
+    if digest[1] != expected:
+      found = digest[1][:12]
+      raise Damage(name, f"digest {found} instead of {expected[:12]}")
 
 
 def _belongs(name: str, items: set[str] | None) -> bool:

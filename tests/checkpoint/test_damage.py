@@ -142,7 +142,7 @@ def test_damaged_newer_steps_are_passed_over_loudly(folder, caplog):
   assert state_digest(restored.state) == state_digest(state_of(1))
   messages = [r.getMessage() for r in caplog.records]
   assert len(messages) == 2
-  assert "step 3" in messages[0] and "meta.json: SHA-256" in messages[0]
+  assert "step 3" in messages[0] and "meta.json: digest" in messages[0]
   assert "step 2" in messages[1] and "manifest.json: differs" in messages[1]
   assert reader.latest() == 1 and reader.steps() == [1]
 

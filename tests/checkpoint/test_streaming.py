@@ -119,5 +119,5 @@ def test_a_flipped_byte_is_noticed(tmp_path):
   data = bytearray(chunk.read_bytes())
   data[7] ^= 1
   chunk.write_bytes(data)
-  with pytest.raises(CheckpointError, match="embed/0.0: SHA-256"):
+  with pytest.raises(CheckpointError, match="embed/0.0: digest"):
     CheckpointReader(tmp_path).open_leaves({"params"})
