@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         "with the same command"
       )
     profile = ProfileWindow.parse(args.profile) if args.profile else None
-    return train(config, args.workdir, profile=profile)
+    return train(config, args.workdir, not args.no_report, profile)
 
 
 def train(
@@ -316,6 +316,11 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "--profile",
     metavar="FIRST:LAST",
     help="steps to record for TensorBoard or XProf, in DIR/profile",
+  )
+  add(
+    "--no-report",
+    action="store_true",
+    help="draw no page at the end; moejax report does at any time",
   )
   add("--print-config", action="store_true", help="print the resolved config")
   add("--help-config", action="store_true", help="list all config options")

@@ -44,8 +44,15 @@ def make_place(place: Path) -> Path:
   return place
 
 
-def command(*args):
-  return [sys.executable, "-m", "moejax", *args]
+def command(*args, page=False):
+  """Of a process; training draws no page, which takes longer than these runs.
+
+  Args:
+    *args: the command's words.
+    page: draw it all the same.
+  """
+  quiet = ["--no-report"] if args[0] == "train" and not page else []
+  return [sys.executable, "-m", "moejax", *args, *quiet]
 
 
 def environment():

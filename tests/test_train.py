@@ -33,7 +33,10 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unbroken(place):
   """A run that nothing happened to."""
-  done = train(place, "unbroken")
+  done = subprocess.run(
+    command("train", "--config=config.py", "--workdir=unbroken", page=True),
+    cwd=place, env=environment(), capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return place / "unbroken"
 
