@@ -41,6 +41,7 @@ def test_the_loss_of_a_batch_falls(name):
     "segment_ids": np.ones((B, T), np.int32),
     "positions": np.tile(np.arange(T), (B, 1)),
     "loss_mask": np.ones((B, T), bool),
+    "source_ids": np.zeros((B, T), np.int32),
   }  # fmt: skip
   batch = jax.tree.map(jnp.asarray, batch)
   step = jax.jit(make_train_step(config, model))
