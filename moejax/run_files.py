@@ -140,8 +140,11 @@ def _fetch(address: str, folder: Path) -> None:
     except (FileNotFoundError, IsADirectoryError):
       continue  # a folder, such as the report's
     partial = folder / f"{name}.{os.getpid()}.partial"
-    partial.write_bytes(data)
-    partial.replace(folder / name)
+    try:
+      partial.write_bytes(data)
+      partial.replace(folder / name)
+    except OSError as e:
+      raise UserError(f"cannot write {folder / name}: {e.strerror}") from e
 
 
 def _send(folder: Path, address: str, sent: dict[str, tuple[int, int]]) -> None:

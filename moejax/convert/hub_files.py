@@ -87,7 +87,7 @@ def _indexed(folder: Path, index: Mapping[str, Any]) -> list[Path]:
     raise DataError(f"{folder / INDEX} has no weight_map")
   named = sorted({str(name) for name in index["weight_map"].values()})
   for name in named:
-    if os.path.basename(name) != name:
+    if os.path.basename(name) != name or name in ("", ".", ".."):
       raise DataError(f"{folder}: {INDEX} names {name!r}, not a file beside it")
     if not (folder / name).exists():
       raise DataError(f"{folder}: {INDEX} names {name}, which is missing")

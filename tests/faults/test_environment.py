@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clocks, locales, caches and devices that are not what they were."""
 
+import json
 import os
 import subprocess
 
 import pytest
 
+from moejax.metrics import TIMING
 from tests.faults import faulty
 from tests.small_run import command, environment
-from tests.test_train import assert_same_run, digest, train
+from tests.test_train import assert_same_run, digest, lines, train
 
 
 def train_with(place, workdir, env, *options):
@@ -27,6 +29,8 @@ def test_clock_zone_locale_and_hashes(place, unbroken, days):
   done = train_with(place, run, env, *faulty.option(7, "jump", str(days)))
   assert done.returncode == 0, done.stderr
   assert_same_run(place / run, unbroken)
+  times = [json.loads(line)["wall_time"] for line in lines(place / run, TIMING)]
+  assert max(times) - min(times) > 29 * 86400  # it did jump
 
 
 def test_a_damaged_cache_of_programs(place, unbroken, tmp_path):

@@ -96,5 +96,5 @@ def test_an_index_leads_nowhere_else(tmp_path, name):
   index = {"weight_map": {"model.norm.weight": name}}
   path = folder / "model.safetensors.index.json"
   path.write_text(json.dumps(index))
-  with pytest.raises(DataError):
+  with pytest.raises(DataError, match="not a file beside it"):
     load_hf(folder)

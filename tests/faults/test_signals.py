@@ -83,4 +83,5 @@ def test_killed_right_after_a_save(place, unbroken):
     time.sleep(0.001)
   os.kill(process.pid, signal.SIGKILL)
   process.communicate()
+  assert process.returncode == -signal.SIGKILL
   finish(place, "torn", unbroken)
