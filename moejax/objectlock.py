@@ -26,6 +26,8 @@ from moejax.runlock import (
   RunLockError,
   in_use,
   process_start,
+  say_watching,
+  take_over,
 )
 
 BEAT = 15.0  # seconds between signs of life
@@ -136,17 +138,9 @@ class ObjectLock:
       own = process_start(previous["pid"])
       alive = own is not None and own == previous["process_start"]
     else:
-      logger.warning(
-        "%s was in use by pid %d on %s; watching for %.0f s whether it lives",
-        self.workdir, previous["pid"], previous["host"], PATIENCE,
-      )  # fmt: skip
+      say_watching(self.workdir, previous, PATIENCE)
       alive = self._changes(previous)
-    if alive:
-      raise RunLockError(in_use(self.workdir, previous))
-    logger.warning(
-      "taking over %s from a run that died (pid %d on %s, started %s)",
-      self.workdir, previous["pid"], previous["host"], previous["started"],
-    )  # fmt: skip
+    take_over(self.workdir, previous, alive)
 
   def _changes(self, previous: dict[str, Any]) -> bool:
     """Whether the holder gives a sign of life while this waits."""

@@ -161,17 +161,9 @@ class RunLock:
       alive = alive and previous["process_start"] is not None
     else:
       # The lock may be one of this host only (some cluster filesystems).
-      logger.warning(
-        "%s was in use by pid %d on %s; watching for %.0f s whether it lives",
-        self.workdir, previous["pid"], previous["host"], PATIENCE,
-      )  # fmt: skip
+      say_watching(self.workdir, previous, PATIENCE)
       alive = _is_touched(fd, PATIENCE)
-    if alive:
-      raise RunLockError(in_use(self.workdir, previous))
-    logger.warning(
-      "taking over %s from a run that died (pid %d on %s, started %s)",
-      self.workdir, previous["pid"], previous["host"], previous["started"],
-    )  # fmt: skip
+    take_over(self.workdir, previous, alive)
 
   def _beat(self, fd: int) -> None:
     while not self._stop.wait(HEARTBEAT):
@@ -249,6 +241,28 @@ def _is_touched(fd: int, seconds: float) -> bool:
     if os.fstat(fd).st_mtime_ns != first:
       return True
   return False
+
+
+def say_watching(workdir: str, holder: dict[str, Any], seconds: float) -> None:
+  """Says why nothing happens for a while."""
+  logger.warning(
+    "%s was in use by pid %d on %s; watching for %.0f s whether it lives",
+    workdir, holder["pid"], holder["host"], seconds,
+  )  # fmt: skip
+
+
+def take_over(workdir: str, holder: dict[str, Any], alive: bool) -> None:
+  """Says that a dead run's place is taken.
+
+  Raises:
+    RunLockError: it lives.
+  """
+  if alive:
+    raise RunLockError(in_use(workdir, holder))
+  logger.warning(
+    "taking over %s from a run that died (pid %d on %s, started %s)",
+    workdir, holder["pid"], holder["host"], holder["started"],
+  )  # fmt: skip
 
 
 def in_use(workdir: str, info: dict[str, Any] | None) -> str:
