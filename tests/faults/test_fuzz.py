@@ -134,8 +134,24 @@ PIECES = st.sampled_from([
 ])  # fmt: skip
 
 
+# Well-formed ones too, of which some are routers.
+CALLS = st.builds(
+  lambda name, options: f"{name}({', '.join(options)})",
+  st.sampled_from(["top_k", "switch", "top_p", "moejax.routing.sinkhorn",
+                   "group_limited", "numpy.save", "os.system", "nowhere.f"]),
+  st.lists(
+    st.builds(
+      lambda key, value: f"{key}={value!r}",
+      st.sampled_from(["k", "p", "jitter", "score", "group_size", "x"]),
+      st.one_of(st.integers(0, 4), st.sampled_from([0.5, "sigmoid", None, []])),
+    ),
+    max_size=2,
+  ),
+)  # fmt: skip
+
+
 @MANY
-@given(st.one_of(st.lists(PIECES, max_size=9).map("".join), st.text()))
+@given(st.one_of(CALLS, st.lists(PIECES, max_size=9).map("".join), st.text()))
 def test_router_strings(text):
   try:
     resolve(MoEConfig(router=text).router_spec)
