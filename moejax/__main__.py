@@ -4,9 +4,10 @@
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from moejax.cli import make_importable
-from moejax.errors import UserError
+from moejax.errors import StuckError, UserError
 
 COMMANDS = {
   "train": ("moejax.train", "train a model from a config, or go on with a run"),
@@ -76,7 +77,18 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
       raise
     print(f"moejax {argv[0]}: {e}", file=sys.stderr)
+    if isinstance(e, StuckError):
+      _end_now()
     return 2
+  except MemoryError:
+    if debug:
+      raise
+    print(
+      f"moejax {argv[0]}: no more memory on this host; what is saved is whole, "
+      "the same command goes on from it",
+      file=sys.stderr,
+    )
+    _end_now()
   except KeyboardInterrupt:
     if debug:
       raise
@@ -87,6 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     # not by Python's own flush at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+
+
+def _end_now() -> NoReturn:
+  """Ends the process without waiting for its threads, which may hang."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(2)
 
 
 if __name__ == "__main__":

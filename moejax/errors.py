@@ -16,3 +16,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
   """A checkpoint that is damaged or does not fit."""
+
+
+class StuckError(CheckpointError):
+  """A save that does not end: its threads would also keep a process alive."""

@@ -179,7 +179,11 @@ def open_checkpoints(
 ) -> Checkpointer:
   c = config.checkpoint
   return Checkpointer(
-    checkpoint_folder(workdir), c.keep_last, c.keep_every, before_commit
+    checkpoint_folder(workdir),
+    c.keep_last,
+    c.keep_every,
+    before_commit,
+    c.timeout,
   )
 
 

@@ -6,6 +6,7 @@ parameters can be read, and their digests checked, without the optimizer's part.
 """
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -36,8 +37,14 @@ class Saving:
   # Barriers of an Orbax save, after which nothing waits for another process.
   BARRIERS = 2
 
-  def __init__(self, folder: epath.Path, state: Any):
-    """Starts to write `folder`; raises what Orbax does."""
+  def __init__(self, folder: epath.Path, state: Any, timeout: float):
+    """Starts to write `folder`; raises what Orbax does.
+
+    Args:
+      folder: to be made.
+      state: pytree of arrays.
+      timeout: seconds that processes wait for one another.
+    """
     import orbax.checkpoint as ocp
 
     items = _to_items(state)
@@ -46,11 +53,15 @@ class Saving:
       name: ocp.PyTreeCheckpointHandler(use_compression=False)
       for name in items
     }
-    self._passed = 0
+    self._passed, self._timeout = 0, timeout
     self._name = os.fspath(folder)
     self._checkpointer = ocp.AsyncCheckpointer(
       ocp.CompositeCheckpointHandler(**handlers),
-      async_options=ocp.AsyncOptions(barrier_sync_fn=self._barrier),
+      async_options=ocp.AsyncOptions(
+        # Twice: what hangs is told by whoever waits for this.
+        timeout_secs=2 * math.ceil(timeout),
+        barrier_sync_fn=self._barrier,
+      ),
     )
     args = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
     try:
@@ -74,7 +85,9 @@ class Saving:
 
   def _barrier(self, *, key: str, timeout_ms: int) -> None:
     self._passed += 1
-    processes.barrier(f"moejax_arrays_{self._name}_{self._passed}")
+    processes.barrier(
+      f"moejax_arrays_{self._name}_{self._passed}", self._timeout
+    )
 
 
 def restore(folder: epath.Path, abstract: Any) -> Any:

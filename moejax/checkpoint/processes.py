@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-BARRIER_TIMEOUT = 1200  # seconds; as long as Orbax waits
-
 
 def index_and_count() -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
@@ -53,10 +51,13 @@ def all_true(value: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
 
 
-def barrier(name: str) -> None:
-  """Waits for all processes; any thread, as no device takes part."""
+def barrier(name: str, timeout: float) -> None:
+  """Waits so many seconds for all processes.
+
+  Any thread, as no device takes part.
+  """
   if jax.process_count() == 1:
     return
   from orbax.checkpoint import multihost
 
-  multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_TIMEOUT * 1000)
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=int(timeout * 1000))

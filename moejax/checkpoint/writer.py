@@ -6,6 +6,7 @@ import logging
 import operator
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
@@ -14,11 +15,12 @@ from etils import epath
 from moejax.checkpoint import arrays, files, layout, leaves, processes
 from moejax.checkpoint.manifest import ARRAYS, META, UNFINISHED, Manifest
 from moejax.checkpoint.reader import CheckpointReader
-from moejax.errors import CheckpointError
+from moejax.errors import CheckpointError, StuckError
 
 logger = logging.getLogger(__name__)
 
 THREAD = "moejax-checkpoint"
+TIMEOUT = 1200.0  # seconds for a save
 # One file for each process, with the digests of its share of a step's files.
 DIGESTS = "digests.{}.json"
 
@@ -37,6 +39,7 @@ class Checkpointer(CheckpointReader):
     keep_last: int,
     keep_every: int = 0,
     before_commit: Callable[[], None] | None = None,
+    timeout: float = TIMEOUT,
   ):
     """Makes the folder and removes unfinished steps from it.
 
@@ -46,6 +49,7 @@ class Checkpointer(CheckpointReader):
       keep_every: multiples of this stay for good; 0 is none.
       before_commit: called when all files of a step are written, by the first
         process, in the background; what it raises fails the save.
+      timeout: seconds that a save may take.
 
     Raises:
       CheckpointError: the folder cannot be made or written.
@@ -58,6 +62,8 @@ class Checkpointer(CheckpointReader):
     self._error: CheckpointError | None = None
     self._commits = 0
     self._before_commit = before_commit
+    self._timeout = timeout
+    self._saving = 0, 0.0  # step, and when its save began
     arrays.load_orbax()
     if not processes.is_first():
       return
@@ -93,6 +99,7 @@ class Checkpointer(CheckpointReader):
       CheckpointError: the save before this one failed (and this one was not
         begun), the step is not new, the state or meta cannot be stored, or the
         disk refused.
+      StuckError: the save before this one does not end.
     """
     self.wait()
     step = operator.index(step)
@@ -108,20 +115,27 @@ class Checkpointer(CheckpointReader):
       )
     needed = leaves.num_bytes(state)
     self._begin(step, text, needed)
+    self._saving = step, time.monotonic()
     try:
-      saving = arrays.Saving(self._folder(step) / ARRAYS, state)
+      saving = arrays.Saving(self._folder(step) / ARRAYS, state, self._timeout)
     except Exception as e:
       raise self._failed(step, needed, e) from e
     self._thread = threading.Thread(
-      target=self._finish, args=(step, saving, table, needed), name=THREAD
+      target=self._finish,
+      args=(step, saving, table, needed),
+      name=THREAD,
+      daemon=True,  # waited for below, and not for ever
     )
     self._thread.start()
 
   def check(self) -> None:
     """Raises, once, the CheckpointError of a background save that failed.
 
-    Takes microseconds; meant for every step. Saving may go on after it.
+    Takes microseconds; meant for every step. Saving may go on after it, unless
+    it is a StuckError.
     """
+    if self._thread is not None and self._seconds_left() <= 0:
+      self._wait_or_give_up()
     if self._error is not None:
       error, self._error = self._error, None
       raise error
@@ -129,9 +143,23 @@ class Checkpointer(CheckpointReader):
   def wait(self) -> None:
     """Waits for the running save; raises as `check` does."""
     if self._thread is not None:
-      self._thread.join()
-      self._thread = None
+      self._wait_or_give_up()
     self.check()
+
+  def _seconds_left(self) -> float:
+    return self._saving[1] + self._timeout - time.monotonic()
+
+  def _wait_or_give_up(self) -> None:
+    thread, self._thread = self._thread, None
+    thread.join(max(self._seconds_left(), 0))
+    if thread.is_alive():
+      newest = self.latest()
+      raise StuckError(
+        f"saving step {self._saving[0]} to {self.directory} has not ended "
+        f"after {self._timeout:g} s (checkpoint.timeout): look at its disk, "
+        "and at the memory that is left; the same command goes on from "
+        + ("the beginning" if newest is None else f"step {newest}")
+      )
 
   def close(self) -> None:
     """The same as `wait`."""
@@ -193,7 +221,7 @@ class Checkpointer(CheckpointReader):
         _digest_share(folder)
       except Exception as e:
         failure = e
-    processes.barrier(f"moejax_digests_{self._commits}")
+    processes.barrier(f"moejax_digests_{self._commits}", self._timeout)
     if processes.is_first() and failure is None:
       try:
         digests = _collect_digests(folder)
@@ -204,7 +232,7 @@ class Checkpointer(CheckpointReader):
         self._retire(step)
       except Exception as e:
         failure = e
-    processes.barrier(f"moejax_committed_{self._commits}")
+    processes.barrier(f"moejax_committed_{self._commits}", self._timeout)
     if failure is not None:
       raise failure
     if not self._is_committed(step):

@@ -88,9 +88,14 @@ class CheckpointConfig:
     "before each save, compare what devices hold copies of: a faulty device "
     "ends the run with the name of the array, and nothing wrong is saved",
   )
+  timeout: int = option(
+    1200,
+    "seconds that a save in the background may take; then the run ends with "
+    "one line, and goes on from the checkpoint before",
+  )
 
   def __post_init__(self):
-    require_positive("checkpoint", self, "every", "keep_last")
+    require_positive("checkpoint", self, "every", "keep_last", "timeout")
     require(self.keep_every >= 0, "checkpoint.keep_every is negative")
     require(
       self.keep_every % self.every == 0,

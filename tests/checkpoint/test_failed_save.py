@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import resource
+import threading
 import time
 
 import jax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import pytest
 
 from moejax.checkpoint import Checkpointer, CheckpointReader, state_digest
-from moejax.errors import CheckpointError
+from moejax.checkpoint.arrays import Saving
+from moejax.errors import CheckpointError, StuckError
 
 MB = 1 << 20
 
@@ -117,6 +119,33 @@ def test_workdir_deleted_under_the_run(tmp_path):
     ckpt.save(2, state_of(2, 0.1), {})
   # Made anew, and whole.
   assert CheckpointReader(folder).steps() == [2]
+
+
+def test_a_save_that_hangs_is_given_up(tmp_path, monkeypatch):
+  """By the next save or by `check`; it is not waited for again on leaving."""
+  with Checkpointer(tmp_path, keep_last=2) as ckpt:
+    save_and_wait(ckpt, 1)
+  end = threading.Event()
+  monkeypatch.setattr(Saving, "finish", lambda self: end.wait())
+  for notice in (save_and_wait, check_until_told):
+    began = time.monotonic()
+    message = r"step 2 .*not ended after 1 s .*goes on from step 1"
+    with pytest.raises(StuckError, match=message):
+      save_slowly(tmp_path, notice)
+    assert 1 <= time.monotonic() - began < 5
+  end.set()
+
+
+def save_slowly(folder, notice):
+  with Checkpointer(folder, keep_last=2, timeout=1) as ckpt:
+    ckpt.save(2, state_of(2, 0.1), {})
+    notice(ckpt, 3)
+
+
+def check_until_told(ckpt, _):
+  while True:
+    ckpt.check()
+    time.sleep(0.01)
 
 
 def fail_while_saving(folder):

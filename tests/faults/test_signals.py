@@ -65,7 +65,11 @@ def test_stopped_and_continued(place, unbroken):
 
 
 def test_out_of_memory(place, unbroken):
-  done = train(place, "memory", *faulty.option(12, "limit_memory"))
+  """It may end a thread that a save waits for: that wait has an end."""
+  done = train(
+    place, "memory", *faulty.option(12, "limit_memory"),
+    "--config.checkpoint.timeout=10",
+  )  # fmt: skip
   assert done.returncode != 75
   if done.returncode == 0:  # it got by with what it had
     assert_same_run(place / "memory", unbroken)

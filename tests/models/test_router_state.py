@@ -36,6 +36,7 @@ def batch_of(seed=0):
   return jax.tree.map(jnp.asarray, {
     "tokens": row[:, :-1], "targets": row[:, 1:], "segment_ids": segments,
     "positions": np.tile(np.arange(T), (B, 1)), "loss_mask": segments > 0,
+    "source_ids": np.zeros((B, T), np.int32),
   })  # fmt: skip
 
 

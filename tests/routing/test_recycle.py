@@ -165,7 +165,7 @@ def test_microbatches_deal_the_same_places(accumulation):
   values = load_config_file(f"{CONFIGS / 'hunyuan_large.py'}:tiny")
   values.model.num_layers = 2
   values.model.moe.router = "recycle(group_size=16)"  # half a row
-  values.train.batch_size, values.data.seq_len = 4, 32
+  values.train.batch_size, values.data.seq_len, values.train.phases = 4, 32, ()
   sums = []
   for steps in (1, accumulation):
     values.train.accumulation_steps = steps
