@@ -23,8 +23,9 @@ raised by NTK's alpha.
 
 Four phases: 95% of 7 T tokens, annealing on the best data, then about 10 B
 tokens each of rows of 32 K and 256 K, a quarter of them long documents; at
-256 K RoPE's base is 1e9. The rate of the long phases is not published: here it
-stays where the annealing ends.
+256 K RoPE's base is 1e9. In the main part the published rate decays slowly, by
+how much is not said: here it is constant. Nor is the rate of the long phases:
+here it stays where the annealing ends.
 """
 
 import math

@@ -18,8 +18,9 @@ tokens (5 T were planned), then annealing: 100 B tokens of the same data,
 shuffled anew, linearly from there to zero (the released config starts at 4e-5,
 an appendix of the paper says 5e-4).
 
-The data is OLMoE-mix (DCLM, StarCoder, peS2o and others), as local files, and
-the tokenizer that of the released model; both are named below, you bring them.
+The data is OLMoE-mix as local files, in the paper's shares (1.3 epochs of it in
+all), and the tokenizer that of the released model; both are named below, you
+bring them.
 """
 
 from moejax.config import default_config
@@ -56,7 +57,7 @@ def get_config(arg=""):
   optimizer.schedule.warmup = 2500.0
   optimizer.schedule.final = 0.1
 
-  config.data.sources = ("data/olmoe_mix/*.jsonl.gz",)
+  _mixture(config)
   config.data.tokenizer = "tokenizers/olmoe/tokenizer.json"
   config.data.seq_len = 4096
   config.train.batch_size = 1024
@@ -73,6 +74,16 @@ def get_config(arg=""):
   elif arg:
     raise ValueError(f"no variant {arg!r}; there is 'tiny'")
   return config
+
+
+def _mixture(config):
+  """OLMoE-mix, weights in billions of tokens: 94.9% of them DCLM."""
+  tokens = {
+    "dclm": 3860.0, "starcoder": 101.0, "pes2o": 57.2, "arxiv": 21.1,
+    "openwebmath": 12.7, "algebraic_stack": 12.6, "wiki": 3.69,
+  }  # fmt: skip
+  config.data.sources = tuple(f"data/{name}/*.jsonl.gz" for name in tokens)
+  config.data.weights = tuple(tokens.values())
 
 
 def annealing(learning_rate):
