@@ -21,6 +21,9 @@ from moejax.config import (
   MoEConfig,
   default_config,
   describe_options,
+  option_at,
+  require_mesh_fits,
+  schedule_stretches,
   set_option,
 )
 from moejax.convert.hub_files import check_tensors, open_tensors, source_digest
@@ -29,6 +32,7 @@ from moejax.data.loader import _batch, _element
 from moejax.data.manifest import MANIFEST
 from moejax.data.store import TokenStore
 from moejax.errors import ConfigError, DataError, UserError
+from moejax.models import count
 from moejax.routing import resolve
 from tests.convert import families
 from tests.convert.hub_folder import write
@@ -75,6 +79,24 @@ PLAUSIBLE = st.one_of(
 )
 
 
+def near(path):
+  """Values of an option's own type and about its size: many are taken."""
+  default = option_at(path).default
+  match default:
+    case bool():
+      values = [True, False]
+    case int():
+      values = [default, default + 1, 2 * default, default // 2, 1, 0]
+    case float():
+      values = [default, default / 2, 2 * default, 0.5, 0.0, 1.0]
+    case str():
+      values = [default, "", "switch(k=1)", "full", "dots", "plain", "muon"]
+    case _:
+      values = [default, ["mlp"], ["attention/mlp", "attention/moe"], [1.0]]
+  return st.tuples(st.just(path), st.sampled_from(values))
+
+
+NEAR = st.sampled_from(PATHS).flatmap(near)
 CHANGE = st.tuples(st.sampled_from(PATHS), PLAUSIBLE)
 
 
@@ -85,12 +107,14 @@ def one_line(error):
 
 @MANY
 @given(
-  st.lists(
-    st.tuples(st.sampled_from(PATHS), PLAUSIBLE), min_size=1, max_size=3
+  st.one_of(
+    st.lists(NEAR, min_size=1, max_size=4),
+    st.lists(CHANGE, min_size=1, max_size=3),
   ),
-  st.one_of(st.none(), st.tuples(st.text(max_size=9), VALUES)),
+  st.one_of(st.none(), st.none(), st.tuples(st.text(max_size=9), VALUES)),
 )
 def test_configs(changes, stray):
+  """What is taken is taken again from its JSON, and can be counted."""
   values = copy.deepcopy(BASE)
   for path, value in changes:
     *parents, name = path.split(".")
@@ -105,7 +129,18 @@ def test_configs(changes, stray):
   except ConfigError as e:
     one_line(e)
   else:
-    assert Config.from_dict(config.to_dict()) == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    counted(config)
+
+
+def counted(config):
+  """All that is computed of a config before there is a model."""
+  try:
+    count(config.model)
+    schedule_stretches(config)
+    require_mesh_fits(config)
+  except ConfigError as e:
+    one_line(e)
 
 
 BASE = Config().to_dict()
