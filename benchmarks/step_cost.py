@@ -22,7 +22,7 @@ from moejax.cli import parse_config
 from moejax.config import Config
 from moejax.models import build, count
 from moejax.runs import on_device
-from moejax.step import init_state, make_train_step
+from moejax.step import BATCH_KEYS, init_state, make_train_step
 
 MB = 1 << 20
 
@@ -35,9 +35,8 @@ def at_depth(config: Config, layers: int) -> Config:
 def abstract_batch(config: Config):
   shape = config.train.batch_size, config.data.seq_len
   ints = jax.ShapeDtypeStruct(shape, "int32")
-  names = ("tokens", "targets", "segment_ids", "positions")
   mask = jax.ShapeDtypeStruct(shape, "bool")
-  return on_device({**dict.fromkeys(names, ints), "loss_mask": mask})
+  return on_device({**dict.fromkeys(BATCH_KEYS, ints), "loss_mask": mask})
 
 
 def compile_step(config: Config):

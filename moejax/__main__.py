@@ -2,6 +2,7 @@
 """The `moejax` command: finds the command's module and hands it the rest."""
 
 import importlib
+import multiprocessing
 import os
 import sys
 from typing import NoReturn
@@ -102,7 +103,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end_now() -> NoReturn:
-  """Ends the process without waiting for its threads, which may hang."""
+  """Ends the process, and those that it started, which may hang."""
+  for child in multiprocessing.active_children():
+    child.kill()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(2)

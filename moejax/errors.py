@@ -18,5 +18,5 @@ class CheckpointError(UserError):
   """A checkpoint that is damaged or does not fit."""
 
 
-class StuckError(CheckpointError):
-  """A save that does not end: its threads would also keep a process alive."""
+class StuckError(UserError):
+  """What does not end; its threads would also keep a process alive."""

@@ -69,7 +69,7 @@ def validation_batches(
     micro //= config.train.accumulation_steps
   return data_lib.validation_batches(
     stores, micro, num_batches * size // micro, split=split,
-    shards=shards_of(model, micro),
+    shards=shards_of(model, micro), timeout=config.data.timeout,
   )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from moejax.step import TrainState
 # A changed value of these changes nothing that was or will be computed.
 FREE_OPTIONS = (
   "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
-  "data.store", "train.accumulation_steps", "model.remat",
+  "data.store", "data.timeout", "train.accumulation_steps", "model.remat",
   "model.attention", "model.moe.matmul", "model.moe.dispatch",
   "loss.chunk_size", "parallel.", "train.branch_from",
 )  # fmt: skip

@@ -15,12 +15,12 @@ from etils import epath
 from moejax.checkpoint import arrays, files, layout, leaves, processes
 from moejax.checkpoint.manifest import ARRAYS, META, UNFINISHED, Manifest
 from moejax.checkpoint.reader import CheckpointReader
+from moejax.config import CheckpointConfig
 from moejax.errors import CheckpointError, StuckError
 
 logger = logging.getLogger(__name__)
 
 THREAD = "moejax-checkpoint"
-TIMEOUT = 1200.0  # seconds for a save
 # One file for each process, with the digests of its share of a step's files.
 DIGESTS = "digests.{}.json"
 
@@ -39,7 +39,7 @@ class Checkpointer(CheckpointReader):
     keep_last: int,
     keep_every: int = 0,
     before_commit: Callable[[], None] | None = None,
-    timeout: float = TIMEOUT,
+    timeout: float = CheckpointConfig.timeout,
   ):
     """Makes the folder and removes unfinished steps from it.
 
@@ -171,6 +171,10 @@ class Checkpointer(CheckpointReader):
   def __exit__(self, kind, error, traceback) -> None:
     try:
       self.close()
+    except StuckError:
+      if error is not None:
+        logger.error("%s", error)
+      raise
     except CheckpointError as e:
       if error is None:
         raise

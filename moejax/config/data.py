@@ -43,6 +43,11 @@ class DataConfig:
   )
   num_workers: int = option(0, "reader processes; 0 reads in threads")
   prefetch_rows: int = option(256, "rows read ahead per worker")
+  timeout: int = option(
+    600,
+    "seconds that a batch may take to come; then the run ends with one line, "
+    "and goes on from its newest checkpoint",
+  )
 
   def __post_init__(self):
     require(len(self.sources) > 0, "data.sources is empty; name one source")
@@ -63,7 +68,7 @@ class DataConfig:
     require_choice(
       "data.exhausted", self.exhausted, ("repeat", "reweight", "stop")
     )
-    require_positive("data", self, "seq_len", "prefetch_rows")
+    require_positive("data", self, "seq_len", "prefetch_rows", "timeout")
     require(
       self.seq_len <= LONGEST_ROW,
       f"data.seq_len={self.seq_len} is beyond {LONGEST_ROW}",

@@ -8,9 +8,9 @@ validation_batches(...)       held-out rows, once, in a fixed order
 file_batches(...)             rows of files that are in no store
 """
 
+from moejax.data.batches import BatchIterator
 from moejax.data.builder import prepare
 from moejax.data.loader import (
-  BatchIterator,
   Shards,
   file_batches,
   load_batches,

@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 import sys
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -20,8 +19,9 @@ import numpy as np
 
 from moejax.config import DataConfig
 from moejax.data import packing, sources, store
+from moejax.data.batches import BatchIterator, as_batch, as_element
 from moejax.data.mixture import Mixture
-from moejax.data.store_set import Batch, StoreSet, check_vocabulary
+from moejax.data.store_set import Batch, StoreSet
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import DataError
 
@@ -66,60 +66,6 @@ class Shards:
   @property
   def batch_size(self) -> int:
     return sum(map(len, self.rows))
-
-
-class BatchIterator:
-  """Iterates over batches; close it, or use it in a `with` block.
-
-  Each batch is a dict of arrays, of this process's rows:
-    tokens, targets, segment_ids, positions: int32 [B, T]; see
-      `packing.model_inputs`.
-    loss_mask: bool [B, T].
-    source: int32 [B], index into `StoreSet.stores`; -1 for padding rows.
-    source_ids: the same for each token, int32 [B, T].
-    row: int64 [B], row of that store's split; -1 for padding rows.
-  """
-
-  def __init__(self, iterator: Any, stores: StoreSet, split: str):
-    self._held = [iterator]
-    self._stores = stores
-    self._split = split
-    # Also at the end of the program: readers left open hang or complain then.
-    self._close = weakref.finalize(self, _close, self._held)
-
-  def __iter__(self) -> Self:
-    return self
-
-  def __next__(self) -> Batch:
-    if not self._held:
-      raise ValueError("these batches are closed")
-    try:
-      batch = _batch(next(self._held[0]))
-    except RuntimeError as e:
-      if "Worker process was terminated" not in str(e):
-        raise
-      raise DataError(
-        f"a reader process died ({str(e).partition('.')[0]}), often for want "
-        "of memory; run the same command to go on, or read in threads by "
-        "data.num_workers=0"
-      ) from e
-    check_vocabulary(batch, self._stores, self._split)
-    return batch
-
-  def close(self) -> None:
-    """Ends reader threads and processes."""
-    self._close()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *exc_info) -> None:
-    self.close()
-
-
-def _close(held: list[Any]) -> None:
-  while held:
-    held.pop().close()
 
 
 def load_batches(
@@ -181,7 +127,7 @@ def load_batches(
     )
   )
   iterator.set_state({"global_next_index": start_step * batch_size})
-  return BatchIterator(iterator, stores, split)
+  return BatchIterator(iterator, stores, split, config.timeout)
 
 
 def validation_batches(
@@ -191,6 +137,7 @@ def validation_batches(
   *,
   split: str = "validation",
   shards: Shards | None = None,
+  timeout: float = DataConfig.timeout,
 ) -> BatchIterator:
   """Validation rows once, in an order that never changes.
 
@@ -204,6 +151,7 @@ def validation_batches(
     num_batches: at most so many; None is all.
     split: whose rows.
     shards: as in `load_batches`.
+    timeout: seconds that a batch may take to come.
 
   Raises:
     DataError: there are no such rows; while iterating: as `load_batches`.
@@ -232,7 +180,7 @@ def validation_batches(
       elements = [rows[source][index] for source, index in picked]
       yield _stack(elements, len(shards.mine), stores.seq_len)
 
-  return BatchIterator(batches(), stores, split)
+  return BatchIterator(batches(), stores, split, timeout)
 
 
 def _pack_texts(
@@ -286,11 +234,11 @@ def file_batches(
   count = 0
   while num_batches is None or count < num_batches:
     picked = itertools.islice(rows, batch_size)
-    elements = [_element(row, 0, number) for number, row in picked]
+    elements = [as_element(row, 0, number) for number, row in picked]
     if not elements:
       break
     count += 1
-    yield _batch(_stack(elements, batch_size, config.seq_len))
+    yield as_batch(_stack(elements, batch_size, config.seq_len))
   if not count:
     raise DataError(f"there is no text in {', '.join(specs)}")
 
@@ -329,33 +277,7 @@ class _ReadRow:
     self.token_store.warm_up()
 
   def __call__(self, row: int) -> np.ndarray:
-    return _element(self.token_store.read(self.split, row), self.source, row)
-
-
-def _element(row: packing.Row, source: int, number: int) -> np.ndarray:
-  """[2, T+2] int32: tokens and source, segment ids and row number.
-
-  One array, because Grain spends more time on a dict than reading a row takes.
-  """
-  element = np.empty((2, len(row.tokens) + 1), np.int32)
-  element[0, :-1] = row.tokens
-  element[0, -1] = source
-  element[1, :-1] = row.segment_ids
-  element[1, -1] = number
-  return element
-
-
-def _batch(elements: np.ndarray) -> Batch:
-  """Takes [B, 2, T+2] apart."""
-  # A copy: batches of reader processes lie in memory that is shared with them.
-  elements = np.array(elements)
-  inputs = packing.model_inputs(elements[:, 0, :-1], elements[:, 1, :-1])
-  source = elements[:, 0, -1].astype(np.int32)
-  return inputs | {
-    "source": source,
-    "source_ids": np.repeat(source[:, None], inputs["tokens"].shape[1], 1),
-    "row": elements[:, 1, -1].astype(np.int64),
-  }
+    return as_element(self.token_store.read(self.split, row), self.source, row)
 
 
 def _rows(

@@ -12,7 +12,8 @@ import functools
 from typing import Self
 
 from moejax.config import Config, Phase, phases_of
-from moejax.data.loader import BatchIterator, Shards, load_batches
+from moejax.data.batches import BatchIterator
+from moejax.data.loader import Shards, load_batches
 from moejax.data.mixture import Mixture, first_beyond, without_exhausted
 from moejax.data.store_set import StoreSet, open_stores
 from moejax.data.tokenizer import Tokenizer

@@ -33,8 +33,9 @@ ALIKE = 0.01  # of validated tokens: rows of other lengths end elsewhere
 _MAY_DIFFER = (
   "checkpoint.", "parallel.", "eval.every", "eval.num_batches",
   "eval.batch_size", "eval.sample_", "seed", "data.store", "data.num_workers",
-  "data.prefetch_rows", "model.remat", "model.attention", "model.moe.dispatch",
-  "model.moe.matmul", "model.scan_layers", "train.accumulation_steps",
+  "data.prefetch_rows", "data.timeout", "model.remat", "model.attention",
+  "model.moe.dispatch", "model.moe.matmul", "model.scan_layers",
+  "train.accumulation_steps",
 )  # fmt: skip
 
 

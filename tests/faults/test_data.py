@@ -35,6 +35,20 @@ def test_a_shard_vanishes(place, unbroken):
   assert_same_run(place / "shard", unbroken)
 
 
+def test_a_reader_process_hangs(place, unbroken):
+  """As on a network disk that does not answer."""
+  more = ["--config.data.num_workers=2", "--config.data.prefetch_rows=1"]
+  done = train(
+    place, "hanging", *more, "--config.data.timeout=20",
+    *faulty.option(7, "kill_reader", "SIGSTOP"),
+  )  # fmt: skip
+  assert done.returncode == 2, done.stderr
+  assert "no batch has come for 20 s (data.timeout)" in done.stderr
+  again = train(place, "hanging", *more)
+  assert again.returncode == 0, again.stderr
+  assert_same_run(place / "hanging", unbroken)
+
+
 def test_a_reader_process_is_killed(place, unbroken):
   more = ["--config.data.num_workers=2", "--config.data.prefetch_rows=1"]
   done = train(

@@ -28,7 +28,7 @@ from moejax.config import (
 )
 from moejax.convert.hub_files import check_tensors, open_tensors, source_digest
 from moejax.data import load_tokenizer
-from moejax.data.loader import _batch, _element
+from moejax.data.batches import as_batch, as_element
 from moejax.data.manifest import MANIFEST
 from moejax.data.store import TokenStore
 from moejax.errors import ConfigError, DataError, UserError
@@ -262,7 +262,7 @@ def read_all(folder):
   opened = TokenStore.open(folder, load_tokenizer("byte"))
   for split in ("train", "validation"):
     for row in range(min(3, opened.rows(split))):
-      _batch(_element(opened.read(split, row), 0, row)[None])
+      as_batch(as_element(opened.read(split, row), 0, row)[None])
 
 
 @MANY
