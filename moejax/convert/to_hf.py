@@ -289,6 +289,8 @@ def _shards(
 def _begin(target: Path, mark: dict[str, Any]) -> None:
   """Makes the folder, or goes on with one that this export began."""
   target.mkdir(parents=True, exist_ok=True)
+  for torn in target.glob(f"{JOURNAL}.*.partial"):  # killed as it began
+    torn.unlink(missing_ok=True)
   inside = sorted(path.name for path in target.iterdir())
   if JOURNAL in inside:
     begun = hub_files.read_json(target / JOURNAL)
