@@ -18,14 +18,14 @@ A pod for it; what it gives is in docs/pods.md:
 One shared expert and 16 routed ones, top-1; in training, tokens beyond an
 expert's capacity go at random to those with room (recycle routing). Every
 second layer reads the keys and values of the one before (cross-layer
-attention), 8 heads of them for 80 query heads; QK-norm after RoPE; RoPE's base
-raised by NTK's alpha.
+attention), 8 heads of them for 80 query heads; QK-norm after RoPE.
 
 Four phases: 95% of 7 T tokens, annealing on the best data, then about 10 B
 tokens each of rows of 32 K and 256 K, a quarter of them long documents; at
-256 K RoPE's base is 1e9. In the main part the published rate decays slowly, by
-how much is not said: here it is constant. Nor is the rate of the long phases:
-here it stays where the annealing ends.
+256 K RoPE's base is raised to 1e9 (1.34e9 as released, by NTK's alpha). In the
+main part the published rate decays slowly, by how much is not said: here it is
+constant. Nor is the rate of the long phases: here it stays where the annealing
+ends.
 """
 
 import math
@@ -101,6 +101,8 @@ def phases(steps, rows, rate, mixed, best):
     mixed: weights of the sources there, a quarter of them long documents.
     best: in the annealing.
   """
+  # The config is the released model's, whose base is that of the last phase.
+  short = {"model.rope_scaling": "none"}
   constant = {
     "data.weights": mixed,
     "optimizer.learning_rate": rate,
@@ -112,13 +114,14 @@ def phases(steps, rows, rate, mixed, best):
     for tokens, count in rows
   ]
   return (
-    {"name": "main", "steps": steps[0]},
-    {"name": "anneal", "steps": steps[1], "options": {"data.weights": best}},
-    {"name": "32k", "steps": steps[2], "options": constant | shapes[0]},
+    {"name": "main", "steps": steps[0], "options": short},
     {
-      "name": "256k",
-      "options": constant | shapes[1] | {"model.rope_theta": 1e9},
+      "name": "anneal",
+      "steps": steps[1],
+      "options": short | {"data.weights": best},
     },
+    {"name": "32k", "steps": steps[2], "options": short | constant | shapes[0]},
+    {"name": "256k", "options": constant | shapes[1]},
   )
 
 

@@ -185,8 +185,15 @@ def test_one_program_a_shape(monkeypatch):
   assert len(compiled) == 2
 
 
-def test_a_phase_computes_what_its_config_says():
-  config = config_of()
+STRETCHED = [
+  {"name": "a", "steps": 5, "options": {"model.rope_scaling": "none"}},
+  {"name": "b", "options": {"model.rope_scaling": "linear(factor=2.0)"}},
+]
+
+
+@pytest.mark.parametrize("phases", [PHASES, STRETCHED])
+def test_a_phase_computes_what_its_config_says(phases):
+  config = config_of(phases, model__rope_scaling="ntk(alpha=50.0)")
   rng = np.random.default_rng(0)
   for phase in phases_of(config):
     B, T = phase.config.train.batch_size, phase.config.data.seq_len
@@ -252,6 +259,9 @@ BAD = [
   ([{"name": "a", "steps": 29},
     {"name": "b", "options": {"optimizer.schedule.warmup": 5.0}}],
    "do not fit in the 1 steps from step 29 on"),
+  ([{"name": "a", "options": {"model.rope_scaling":
+      "yarn(factor=2.0, original=16, beta_fast=2.0, beta_slow=1.0, mscale=1.0, "
+      "mscale_all_dim=1.0)"}}], "yarn also scales attention's scores"),
   ([{"nme": "a"}], "no key 'nme'"),
   ([{"steps": 3}], "has no name"),
   (["x"], "must be a dictionary with a name"),

@@ -8,8 +8,10 @@ import jax
 import pytest
 
 from moejax.cli import parse_config
+from moejax.config import phases_of
 from moejax.errors import ConfigError
 from moejax.models import build, count, kv_bytes_per_token
+from moejax.models.rope import rope_frequencies
 from moejax.step import init_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -76,6 +78,20 @@ def test_hunyuan_keeps_a_twentieth_of_plain_attentions_cache():
   plain = model.num_layers * 2 * model.num_heads * model.head_dim * 2
   assert kv_bytes_per_token(model) == 2 * 8 * 80 * 64  # 2 n_g d_h L, bf16
   assert kv_bytes_per_token(model) / plain == 0.05
+
+
+def test_hunyuans_base_is_raised_at_256k_alone():
+  """The base that angles turn by, not what an option says."""
+  bases = {}
+  for phase in phases_of(read("hunyuan_large")):
+    model = phase.config.model
+    turns_H = rope_frequencies(
+      model.rope_dim, model.rope_theta, model.rope_scaling_spec
+    )
+    bases[phase.name] = float(turns_H[1]) ** (-model.rope_dim / 2)
+  assert bases == pytest.approx(
+    {"main": 1e4, "anneal": 1e4, "32k": 1e4, "256k": 1_343_399_332.6}, rel=1e-4
+  )
 
 
 def test_an_unknown_variant_names_the_one_there_is():

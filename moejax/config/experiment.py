@@ -84,9 +84,15 @@ class Config:
       )
     for phase in self.train.phases:
       try:
-        with_phase(self, phase)
+        other = with_phase(self, phase).model.rope_scaling_spec
       except ConfigError as e:
         raise ConfigError(f"phase {phase.name}: {e}") from None
+      mine = self.model.rope_scaling_spec
+      require(
+        other == mine or "yarn" not in (other.name, mine.name),
+        f"phase {phase.name}: model.rope_scaling {mine} -> {other}: yarn also "
+        "scales attention's scores, which are the same in all phases",
+      )
 
   def _check_parallel(self) -> None:
     """What is split must divide; each message names sizes that would."""

@@ -23,8 +23,8 @@ PHASE_OPTIONS = (
   "optimizer.schedule.decay_shape", "optimizer.schedule.final",
   "loss.z_loss", "loss.load_balance", "loss.sequence_balance",
   "loss.mutual_information", "loss.router_entropy", "loss.router_z",
-  "model.rope_theta", "data.weights", "data.seq_len", "data.order",
-  "train.batch_size", "train.accumulation_steps",
+  "model.rope_theta", "model.rope_scaling", "data.weights", "data.seq_len",
+  "data.order", "train.batch_size", "train.accumulation_steps",
 )  # fmt: skip
 
 
