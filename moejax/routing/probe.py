@@ -50,6 +50,37 @@ def probe_tokens(router: Router) -> int:
   return size
 
 
+def experts_of_a_token(
+  router: Router, num_experts: int, name: str
+) -> int | None:
+  """How many a token has, in the mean over any batch.
+
+  None if the logits decide that (`top_p`, `null_experts`), or if a router has
+  neither a fixed number nor an option k that says it.
+
+  Args:
+    router: with its options bound.
+    num_experts: E.
+    name: as the config writes it.
+
+  Raises:
+    ConfigError: what it returns is no Routing, or an exception in it.
+  """
+  inputs = _inputs(router, num_experts, probe_tokens(router), 0)
+  logits_TE = inputs.pop("logits_TE")
+  mask_T = jnp.ones(len(logits_TE), bool)
+  routing = jax.eval_shape(
+    lambda *args: call_router(router, name, *args), logits_TE, mask_T, None,
+    inputs,
+  )  # fmt: skip
+  if routing.unused_A is not None:
+    return None
+  if routing.experts_per_token:
+    return routing.experts_per_token
+  k = option(router, "k") if asks_for(router, "k") else None
+  return k if type(k) is int else None
+
+
 def probe(router: Router, num_experts: int, name: str) -> None:
   """Runs a router in training and in evaluation, and looks at what it says.
 
