@@ -20,6 +20,8 @@ from moejax.config import (
   schedule_stretches,
 )
 from moejax.errors import ConfigError
+from moejax.routing import resolve
+from moejax.routing.probe import experts_of_a_token
 
 # Routed experts, stacked or not; shared ones and the router are not theirs.
 ROUTED = r"/w_\w+_E[A-Z]+$"
@@ -112,7 +114,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
   if options.clip_norm:
     parts.insert(0, _clip_by_global_norm(options.clip_norm))
   if rates := rate_factors(config):
-    parts.append(_scale_groups(rates))
+    parts.append(_scale_groups(rates, options.expert_rate))
   return optax.chain(*parts)
 
 
@@ -177,28 +179,50 @@ def expert_factor(config: Config) -> float:
   batch, n = experts over experts per token; with x = B / B_noise the factor is
   `(1 + x) / (1 + x / n) / sqrt(n)`: Hunyuan-Large's rule (arXiv:2411.02265,
   n = 16 and about 0.31, which is x = 0.26). x = 0 is the square-root rule,
-  1 / sqrt(n).
+  1 / sqrt(n). x is one number for the whole run, also where phases change the
+  batch.
+
+  Raises:
+    ConfigError: batch_share with a router whose logits decide how many experts
+      a token has.
   """
   spec, moe = config.optimizer.expert_rate_spec, config.model.moe
   if spec.name == "same":
     return 1.0
   if spec.name == "fixed":
     return float(spec.kwargs["factor"])
-  x, n = float(spec.kwargs["x"]), moe.num_experts / moe.experts_per_token
+  router = resolve(moe.router_spec)
+  k = experts_of_a_token(router, moe.num_experts, moe.router)
+  if k is None:
+    raise ConfigError(
+      f"optimizer.expert_rate={config.optimizer.expert_rate!r} goes by the "
+      "share of the batch that an expert sees, and with model.moe.router="
+      f"{moe.router!r} the number of experts varies or is not known: use "
+      "fixed(factor=...)"
+    )
+  x, n = float(spec.kwargs["x"]), moe.num_experts / k
   return (1 + x) / (1 + x / n) / math.sqrt(n)
 
 
 def _scale_groups(
-  factors: tuple[tuple[str, float], ...],
+  factors: tuple[tuple[str, float], ...], expert_rate: str
 ) -> optax.GradientTransformation:
-  """Each group's update, its decay included, times its factor."""
+  """Each group's update, its decay included, times its factor.
+
+  Args:
+    factors: as `rate_factors` has them.
+    expert_rate: what that of `ROUTED` was written as.
+  """
 
   def factor_of(path: str) -> float:
     return next((f for pattern, f in factors if re.search(pattern, path)), 1.0)
 
   def scale(updates, params):
     paths = param_paths(params)
-    _require_matches("optimizer.rates", [p for p, _ in factors], paths)
+    asked = [pattern for pattern, _ in factors if pattern != ROUTED]
+    _require_matches("optimizer.rates", asked, paths)
+    if len(asked) < len(factors):
+      _require_routed(expert_rate, paths)
     return jax.tree.map(
       lambda update, path: update * factor_of(path), updates, paths
     )
@@ -247,6 +271,14 @@ def _require_matches(option: str, patterns: Sequence[str], tree: Any) -> None:
         f"{option}: {pattern!r} matches no parameter; paths look like "
         f"{paths[0]} and {paths[-1]}"
       )
+
+
+def _require_routed(expert_rate: str, tree: Any) -> None:
+  if not any(re.search(ROUTED, path) for path in jax.tree.leaves(tree)):
+    raise ConfigError(
+      f"optimizer.expert_rate={expert_rate!r}: the model has no routed "
+      "experts; leave it at 'same'"
+    )
 
 
 def param_paths(params: Any) -> Any:

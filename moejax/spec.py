@@ -6,6 +6,7 @@ The string is parsed, never evaluated: a dotted name and keyword literals.
 
 import ast
 import dataclasses
+import math
 import sys
 from typing import Any, Self
 
@@ -25,7 +26,8 @@ class Spec:
     """Parses `name`, `name(k=1)` or `pkg.module.name(k=1)`.
 
     Raises:
-      ValueError: anything but a dotted name and keyword literals.
+      ValueError: anything but a dotted name and keyword literals, each once and
+        finite.
     """
     try:
       node = ast.parse(text.strip(), mode="eval").body
@@ -40,12 +42,19 @@ class Spec:
     for keyword in call.keywords:
       if keyword.arg is None:
         raise ValueError(f"{text!r}: write arguments as key=value")
+      if keyword.arg in kwargs:
+        raise ValueError(f"{text!r} has {keyword.arg} twice; leave one out")
       try:
         kwargs[keyword.arg] = ast.literal_eval(keyword.value)
       except _NO_PYTHON:
         raise ValueError(
           f"{text!r}: {keyword.arg} must be a literal such as 8, 0.5 or 'name'"
         ) from None
+      value = kwargs[keyword.arg]
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(
+          f"{text!r}: {keyword.arg} is beyond any float; give a finite number"
+        )
     return cls(_dotted(call.func, text), kwargs)
 
   @property

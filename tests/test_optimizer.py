@@ -26,6 +26,7 @@ from moejax.optimizer import (
   rate_factors,
   schedule_values,
 )
+from moejax.routing import top_k
 
 
 def rates(num_steps=100, **schedule):
@@ -201,6 +202,53 @@ def best_rate(batch, noise):
 def test_expert_rate_from_the_formula(x):
   got = expert_factor(with_rates(2, 8, expert_rate=f"batch_share(x={x})"))
   assert got == pytest.approx(best_rate(x / 4, 1) / best_rate(x, 1))
+
+
+def by_the_logits(logits_TE, mask_T, *, rng=None):
+  """A list of its own: no number of experts, and no k that says it."""
+  return top_k(logits_TE, mask_T, k=2).replace(experts_per_token=0)
+
+
+def with_router(router, rate="batch_share(x=0.26)"):
+  moe = MoEConfig(num_experts=16, router=router)
+  return dataclasses.replace(
+    of(OptimizerConfig(expert_rate=rate), 10_000), model=ModelConfig(moe=moe)
+  )
+
+
+@pytest.mark.parametrize(
+  "router",
+  [
+    "top_p(k=4, p=0.5)", "null_experts(k=2, num_null=4)",
+    f"{__name__}.by_the_logits",
+  ],
+)  # fmt: skip
+def test_a_share_of_the_batch_needs_a_number_of_experts(router):
+  """By k alone top_p(k=4) of 4 experts had a factor of 1."""
+  message = r"share\(x=0.26\)' goes by .* varies or is not known: use fixed\("
+  with pytest.raises(ConfigError, match=message):
+    expert_factor(with_router(router))
+  assert expert_factor(with_router(router, "fixed(factor=0.5)")) == 0.5
+
+
+@pytest.mark.parametrize(
+  "router, k",
+  [
+    ("recycle(group_size=8)", 1), ("switch(group_size=8)", 1),
+    ("expert_choice(k=2, group_size=16)", 2), ("hash_tokens(k=4)", 4),
+    ("sinkhorn(k=2, group_size=8)", 2),
+  ],
+)  # fmt: skip
+def test_routers_whose_number_of_experts_is_known(router, k):
+  got = expert_factor(with_router(router, "batch_share(x=0)"))
+  assert got == pytest.approx((k / 16) ** 0.5)
+
+
+def test_a_rate_of_experts_that_are_not_there_is_named():
+  dense = {"mlp": {"w_up_DF": jnp.ones((2, 3))}}
+  message = r"expert_rate='fixed\(factor=0.3\)': the model has no routed expe"
+  with pytest.raises(ConfigError, match=message):
+    first_update(with_rates(expert_rate="fixed(factor=0.3)"), dense, dense)
 
 
 SEVERAL = {

@@ -87,7 +87,7 @@ def analyze(
     for line in left_out:
       print(f"note: {line}")
     tokens = None
-    if "vocabulary" in found:
+    if "vocabulary" in found and surveys[-1].total.top_LE.any():
       tokens = token_table(surveys[-1], tokenizer, min_count)
     facts = _facts(checkpoints, surveys)
     return _write(
@@ -115,8 +115,13 @@ def measure(
   together_LEE, chosen_LE = last.total.together_LEE, last.total.chosen_LE
   if together_LEE.sum() > chosen_LE.sum():
     found["co_activation"] = measures.co_activation(last)
-  else:
+  elif chosen_LE.any():
     left_out.append("co-activation: each token has one expert")
+  if idle := measures.idle_routers(last):
+    left_out.append(
+      f"{', '.join(idle)}: no token went to any expert, so loads are 0, and "
+      "there is no co-activation or saturation"
+    )
   found["domains"] = measures.domain_specialisation(last)
   try:
     found["vocabulary"] = measures.vocabulary_specialisation(last, min_count)

@@ -50,12 +50,14 @@ def saturation_chart(result: Saturation) -> Chart:
       _chance_line(ax, x, chance_ML.mean(1))
     _depth_key(figure, axes, result.routers)
 
-  first = percent(np.nanmean(result.share_ML[0]))
-  steps = result.steps_M
-  title = (
-    f"At step {steps[0]:,}, {first} of the routing at step {steps[-1]:,} is "
-    "settled"
-  )
+  first_L, steps = result.share_ML[0], result.steps_M
+  if np.isnan(first_L).all():
+    title = f"At step {steps[-1]:,} no token goes to any expert"
+  else:
+    title = (
+      f"At step {steps[0]:,}, {percent(np.nanmean(first_L))} of the routing at "
+      f"step {steps[-1]:,} is settled"
+    )
   note = (
     "Router saturation: of the experts that a token has at the last "
     "checkpoint, the share that it has at an earlier one too; a line a layer. "

@@ -9,14 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from moejax.analysis.measures import CoActivation, DomainSpecialisation, Load
+from moejax.analysis.measures import (
+  CoActivation,
+  DomainSpecialisation,
+  Load,
+  strongest_pair,
+)
 from moejax.analysis.similarities import Similarity, pairs
 from moejax.report.charts import (
   FULL,
   Chart,
   percent,
 )
-from moejax.report.style import LIGHT, load_colour_map
+from moejax.report.style import LIGHT, load_colour_map, short_name
 
 # Heat maps of experts show this many at most, those of the highest values.
 MAX_EXPERTS = 32
@@ -33,7 +38,8 @@ def shown_routers(count: int, one: int | None = None) -> np.ndarray:
 def co_activation_chart(result: CoActivation) -> Chart:
   """Heat maps of the experts with the highest scores."""
   chance = float(np.nanmean(result.chance_L))
-  router = int(np.nanmax(result.share_LEE, axis=(1, 2)).argmax())
+  # Of a router that chose no expert all are NaN.
+  router = int(np.nan_to_num(result.share_LEE).max((1, 2)).argmax())
   shown = shown_routers(len(result.routers), router)
   panels = [strongest(result.share_LEE[i]) for i in shown]
   high = max(
@@ -53,7 +59,7 @@ def co_activation_chart(result: CoActivation) -> Chart:
     axes[0].set_ylabel("expert i", labelpad=2)
 
   share_EE = result.share_LEE[router]
-  i, j = np.unravel_index(np.nanargmax(share_EE), share_EE.shape)
+  i, j = strongest_pair(share_EE)
   title = (
     f"The closest pair is in {result.routers[router]}: expert {j} has "
     f"{percent(share_EE[i, j])} of expert {i}'s tokens too"
@@ -71,9 +77,10 @@ def co_activation_chart(result: CoActivation) -> Chart:
 
 def _chance_of_pairs(result: CoActivation) -> str:
   """Its value, and how it is counted."""
-  others_L = result.chance_L * (result.share_LEE.shape[-1] - 1)
-  value = f"{100 * np.nanmean(result.chance_L):.3g}\u00a0%"
-  if np.allclose(others_L, round(np.nanmean(others_L)), rtol=1e-9):
+  chance_L = result.chance_L[~np.isnan(result.chance_L)]
+  others_L = chance_L * (result.share_LEE.shape[-1] - 1)
+  value = f"{100 * chance_L.mean():.3g}\u00a0%"
+  if np.allclose(others_L, round(others_L.mean()), rtol=1e-9):
     return f"(k - 1)/(E - 1) = {value}"
   return (
     f"{value}, the mean over routers (counted from pairs: how many others the "
@@ -146,7 +153,8 @@ def _most_special(result: DomainSpecialisation) -> tuple[int, int, int]:
 def _domain_title(result: DomainSpecialisation, u: int, i: int, e: int) -> str:
   gets = (
     f"Expert {e} of {result.routers[i]} gets "
-    f"{percent(result.share_ULE[u, i, e])} of the tokens of {result.domains[u]}"
+    f"{percent(result.share_ULE[u, i, e])} of the tokens of "
+    f"{short_name(result.domains[u])}"
   )
   if len(result.domains) == 1:
     return (
@@ -175,7 +183,7 @@ def _domain_bars(
       result.mean_LE[layer], experts - 0.46, experts + 0.46,
       color=LIGHT["ink"], linewidth=1.8, label="the expert's mean over domains",
     )  # fmt: skip
-  name = f"{result.domains[row]}, {result.routers[layer]}"
+  name = f"{short_name(result.domains[row])}, {result.routers[layer]}"
   ax.set_title(name, loc="left", pad=3, color=LIGHT["soft"], fontsize=10.5)
 
 
@@ -183,6 +191,7 @@ def _ticks_over(top: float) -> np.ndarray:
   """From 0 to 100 % at most, few; the highest bar is not above the last."""
   from matplotlib.ticker import MaxNLocator
 
+  top = top or 1.0  # of routers that chose no expert
   ticks = MaxNLocator(3, steps=[1, 2, 2.5, 4, 5, 10]).tick_values(0, top)
   return ticks if ticks[-1] <= 1 else np.array([0.0, 0.5, 1.0])
 
@@ -231,6 +240,8 @@ def load_chart(result: Load) -> Chart:
     f"{result.steps_M[-1]:,}. Even routing is light everywhere (1); orange "
     "experts are busier, blue ones idler."
   )
+  if idle := [n for n, x in zip(result.routers, load_LE.any(1)) if not x]:
+    note += f" No token went to any expert of {', '.join(idle)}."
   height = 110 + max(60, min(18, max(10, 400 // L)) * L)
   return Chart("load", title, note, draw, (FULL, height), (348, height))
 

@@ -51,7 +51,8 @@ class CoActivation:
       i was never chosen.
     count_LE: N(i).
     chance_L: (k - 1) / (E - 1), of experts chosen independently; where k
-      varies, pairs over N(i) and E - 1, the mean of k (k - 1) over that of k.
+      varies, pairs over N(i) and E - 1, the mean of k (k - 1) over that of k;
+      NaN where the router chose no expert.
   """
 
   routers: tuple[str, ...]
@@ -126,7 +127,8 @@ class Load:
   Attributes:
     routers: names.
     steps_M: of the checkpoints.
-    load_MLE: 1 is fair.
+    load_MLE: 1 is fair; 0 of all experts where their router chose none of them,
+      but null experts.
   """
 
   routers: tuple[str, ...]
@@ -246,7 +248,7 @@ def vocabulary_specialisation(
 def load(surveys: Sequence[Survey]) -> Load:
   """Of each checkpoint, all domains together."""
   counts = np.stack([s.total.chosen_LE for s in surveys])
-  share = _ratio(counts, counts.sum(-1, keepdims=True))
+  share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
   last = surveys[-1]
   steps_M = np.array([s.step for s in surveys])
   return Load(last.routers, steps_M, share * last.num_experts)
@@ -258,6 +260,20 @@ def entropy(surveys: Sequence[Survey]) -> Entropy:
   share = [s.total.entropy_L / s.total.tokens for s in surveys]
   steps_M = np.array([s.step for s in surveys])
   return Entropy(last.routers, steps_M, np.stack(share))
+
+
+def strongest_pair(share_EE: np.ndarray) -> tuple[int, int] | None:
+  """Experts i, j of the highest share; None if no expert was ever chosen."""
+  if np.isnan(share_EE).all():
+    return None
+  i, j = np.unravel_index(np.nanargmax(share_EE), share_EE.shape)
+  return int(i), int(j)
+
+
+def idle_routers(survey: Survey) -> list[str]:
+  """Names of those that sent no token to any expert."""
+  there_L = survey.total.chosen_LE.any(1)
+  return [name for name, there in zip(survey.routers, there_L) if not there]
 
 
 def _experts_per_token(total: Tally) -> np.ndarray:

@@ -117,8 +117,10 @@ def _(result: measures.Saturation):
 def _(result: measures.CoActivation):
   strongest = []
   for share_EE in result.share_LEE:
-    i, j = np.unravel_index(np.nanargmax(share_EE), share_EE.shape)
-    strongest.append({"expert": i, "other": j, "share": share_EE[i, j]})
+    pair = measures.strongest_pair(share_EE)
+    i, j = pair or (None, None)
+    share = share_EE[pair] if pair else None
+    strongest.append({"expert": i, "other": j, "share": share})
   return {"strongest_pair": strongest, "chance": result.chance_L}
 
 

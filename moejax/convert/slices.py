@@ -133,9 +133,10 @@ class SliceWeights:
     torn_T = whole_T & (largest_T - smallest_T > TOLERANCE * total_T.max())
     reasons = []
     if not whole_T.all():
+      share = f"{1 - whole_T.mean():.0%}"
       reasons.append(
-        f"{1 - whole_T.mean():.0%} of random tokens find an expert full, at "
-        "every step, and their weights sum to less"
+        f"{'<1%' if share == '0%' else share} of random tokens find an expert "
+        "full, at every step, and their weights sum to less"
       )
     if torn_T.any():
       reasons.append(

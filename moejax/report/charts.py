@@ -10,7 +10,7 @@ import numpy as np
 from moejax.config import Config, phases_of
 from moejax.progress import format_count
 from moejax.report.series import finite, smooth, thin
-from moejax.report.style import LIGHT
+from moejax.report.style import LIGHT, short_name
 
 SMALL = (348, 216)
 HERO = (740, 528)
@@ -115,7 +115,7 @@ def mark_phases(ax: Any, config: Config | None, last_step: int) -> None:
     if phase.start:
       ax.axvline(phase.start, color=LIGHT["soft"], linewidth=0.8, alpha=0.7)
     ax.annotate(
-      phase.name, (phase.start, 0.0), (4, 5),
+      short_name(phase.name, 24), (phase.start, 0.0), (4, 5),
       xycoords=("data", "axes fraction"), textcoords="offset points",
       color=LIGHT["soft"], fontsize=9.5, rotation=90, va="bottom",
       annotation_clip=True,

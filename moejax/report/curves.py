@@ -23,7 +23,7 @@ from moejax.report.charts import (
 )  # fmt: skip
 from moejax.report.rundata import RunData
 from moejax.report.series import finite, smooth
-from moejax.report.style import LIGHT
+from moejax.report.style import LIGHT, short_name
 
 # Perplexity of more than this says nothing, and its axis runs out of ticks.
 MAX_PERPLEXITY_NATS = 14.0
@@ -208,7 +208,7 @@ def _rate_title(run: RunData) -> str:
   if run.config is None:
     return f"Learning rate {number(now)} at step {run.last_step:,}"
   if len(schedule_stretches(run.config)) > 1:
-    phase = phase_at(run.config, run.last_step - 1).name
+    phase = short_name(phase_at(run.config, run.last_step - 1).name)
     return f"Learning rate {number(now)} at step {run.last_step:,}, in {phase}"
   optimizer = run.config.optimizer
   _, decay = optimizer.schedule.lengths(run.num_steps)

@@ -15,7 +15,7 @@ from moejax.report.charts import (
 )
 from moejax.report.rundata import RunData, Table
 from moejax.report.series import finite, smooth
-from moejax.report.style import LIGHT
+from moejax.report.style import LIGHT, short_name
 
 COLOURS = tuple(LIGHT[name] for name in ("blue", "orange", "green", "purple"))
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
@@ -34,7 +34,10 @@ def sources_chart(run: RunData) -> Chart | None:
     for name, key in names.items()
   }
   low, high = min(ends, key=ends.get), max(ends, key=ends.get)
-  title = f"Training loss {ends[low]:.2f} on {low}, {ends[high]:.2f} on {high}"
+  title = (
+    f"Training loss {ends[low]:.2f} on {short_name(low)}, {ends[high]:.2f} on "
+    f"{short_name(high)}"
+  )
   note = "Nats per token of each source's rows, running mean over steps."
   return _chart(run, "sources", title, note, run.metrics, names, smoothed=True)
 
@@ -50,9 +53,9 @@ def held_out_chart(run: RunData) -> Chart | None:
     return None
   ends = {name: _last(table, key) for name, key in names.items()}
   low, high = min(ends, key=ends.get), max(ends, key=ends.get)
-  title = f"Held-out text: {ends[low]:.2f} bits per byte on {low}"
+  title = f"Held-out text: {ends[low]:.2f} bits per byte on {short_name(low)}"
   if low != high:
-    title += f", {ends[high]:.2f} on {high}"
+    title += f", {ends[high]:.2f} on {short_name(high)}"
   note = "Bits per byte of each held-out set, by step."
   return _chart(run, "held_out", title, note, table, names, smoothed=False)
 
@@ -87,7 +90,7 @@ def _chart(
       x, y = (smooth if smoothed else finite)(table.steps, table[key])
       ax.plot(
         x, y, color=COLOURS[colour], linestyle=DASHES[turn], linewidth=1.8,
-        label=label, marker="" if smoothed or len(x) > 30 else "o",
+        label=short_name(label), marker="" if smoothed or len(x) > 30 else "o",
         markersize=4.5, clip_on=False,
       )  # fmt: skip
     mark_phases(ax, run.config, run.last_step)

@@ -8,7 +8,13 @@ from typing import Any
 from moejax.report import headline
 from moejax.report.charts import Chart
 from moejax.report.rundata import RunData
-from moejax.report.style import LIGHT, PIXELS_PER_INCH, new_figure, plot_style
+from moejax.report.style import (
+  LIGHT,
+  PIXELS_PER_INCH,
+  new_figure,
+  plot_style,
+  short_name,
+)
 
 RESOLUTION = 2  # PNG pixels per CSS pixel
 MARGIN = 20
@@ -94,8 +100,8 @@ def _header_height(chart: Chart, width: float) -> int:
 def _draw_tiles(figure: Any, run: RunData) -> None:
   word, sentence = headline.status(run)
   left = MARGIN / OVERVIEW_WIDTH
-  figure.text(left, 0.86, run.name, ha="left", va="top", fontsize=20,
-              fontweight="bold")  # fmt: skip
+  figure.text(left, 0.86, short_name(run.name, 60), ha="left", va="top",
+              fontsize=20, fontweight="bold")  # fmt: skip
   figure.text(1 - left, 0.82, f"{word}: {sentence}", ha="right", va="top",
               fontsize=11, color=LIGHT["soft"])  # fmt: skip
   tiles = headline.tiles(run)

@@ -10,6 +10,8 @@ import contextlib
 import functools
 import io
 import re
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,13 +48,19 @@ FONTS = (
   "Inter", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans",
   "DejaVu Sans",
 )  # fmt: skip
+# What matplotlib says of letters that no font here has, or that run together.
+_NO_GLYPH = (r"Glyph \d+ .* missing from", r"Matplotlib currently does not sup")
 # Pictures are laid out in CSS pixels, drawn 1:1 on a phone and a desktop.
 PIXELS_PER_INCH = 72
 
 
 @contextlib.contextmanager
 def plot_style() -> Iterator[None]:
-  """Matplotlib settings of all pictures."""
+  """Matplotlib settings of all pictures.
+
+  Names come from data: they may hold a `$`, which is no TeX, and letters that
+  the font lacks, which a PNG then shows as boxes; the page has the reader's.
+  """
   import matplotlib
 
   settings = {
@@ -90,11 +98,14 @@ def plot_style() -> Iterator[None]:
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,
     "svg.fonttype": "none",
     "savefig.facecolor": "none",
     "figure.dpi": PIXELS_PER_INCH,
   }
-  with matplotlib.rc_context(settings):
+  with matplotlib.rc_context(settings), warnings.catch_warnings():
+    for message in _NO_GLYPH:
+      warnings.filterwarnings("ignore", message, UserWarning)
     yield
 
 
@@ -105,6 +116,28 @@ def _font() -> str:
 
   installed = set(font_manager.get_font_names())
   return next(name for name in FONTS if name in installed)
+
+
+def short_name(name: str, most: int = 32) -> str:
+  """A name from outside as a label: one line, its middle left out if long.
+
+  A label that is wider than its picture leaves no room for the axes.
+
+  Args:
+    name: of a domain, a source, a phase or a run.
+    most: width in letters; Chinese and such ones count for two.
+  """
+  name = " ".join(name.split())
+  width = [1 + (unicodedata.east_asian_width(c) in "WF") for c in name]
+  if sum(width) <= most:
+    return name
+  first, last, room = 0, len(name), most - 1
+  while True:  # from both ends in turn
+    turn = first if first <= len(name) - last else last - 1
+    room -= width[turn]
+    if room < 0:
+      return f"{name[:first]}…{name[last:]}"
+    first, last = (first + 1, last) if turn == first else (first, last - 1)
 
 
 def new_figure(width: float, height: float) -> Any:

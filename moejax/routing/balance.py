@@ -6,11 +6,13 @@ in the collection `router_state`; one that also has the option `bias_rate` gets
 it changed after each training step.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from moejax.errors import ConfigError
 from moejax.routing.base import Router
 from moejax.routing.inputs import BIAS, asks_for, option
 
@@ -27,6 +29,19 @@ def has_bias(router: Router) -> bool:
 def bias_rate(router: Router) -> float:
   """What its bias changes by in a step; 0 if it has no such option."""
   return option(router, "bias_rate") if asks_for(router, "bias_rate") else 0.0
+
+
+def check_rate(rate: float) -> None:
+  """Refuses a rate that drives loads apart.
+
+  Raises:
+    ConfigError: below 0, or not finite.
+  """
+  if not 0 <= rate < math.inf:
+    raise ConfigError(
+      f"model.moe.router: bias_rate={rate} must be 0 or more: below 0 the bias "
+      "would send ever more tokens to the busiest experts"
+    )
 
 
 def update_bias(bias_E: Array, count_E: Array, rate: float) -> Array:

@@ -194,10 +194,10 @@ def check_routing(
   if len(A) != 1 or any(x.shape != A for x in lists.values()):
     shapes = ", ".join(f"{field} {x.shape}" for field, x in lists.items())
     raise ConfigError(f"{where}: token_A {A}, {shapes} must be one list, [A]")
-  for field in ("token_A", "expert_A"):
-    kind = getattr(routing, field).dtype
-    if not jnp.issubdtype(kind, jnp.integer):
-      raise ConfigError(f"{where}: {field} is {kind}, not integers")
+  for field in ("token_A", "expert_A", "wanted_A", "counted_A"):
+    found = getattr(routing, field)
+    if found is not None and not jnp.issubdtype(found.dtype, jnp.integer):
+      raise ConfigError(f"{where}: {field} is {found.dtype}, not integers")
   if routing.logits_TE.shape != logits_TE.shape:
     raise ConfigError(
       f"{where}: logits_TE of its Routing is {routing.logits_TE.shape}, not "

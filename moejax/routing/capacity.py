@@ -22,12 +22,12 @@ def places_of_group(
   """`ceil(capacity_factor * group_size * k / E)` places, a group's at most.
 
   Raises:
-    ConfigError: a factor or a group size that is not positive.
+    ConfigError: a factor or a group size that is not positive and finite.
   """
-  if capacity_factor <= 0 or group_size < 1:
+  if not 0 < capacity_factor < math.inf or group_size < 1:
     raise ConfigError(
       f"model.moe.router: capacity_factor={capacity_factor} and "
-      f"group_size={group_size} must be positive"
+      f"group_size={group_size} must be positive and finite"
     )
   # As it is written: 1.1 is less than the nearest float.
   factor = fractions.Fraction(str(capacity_factor))

@@ -6,13 +6,19 @@ to; a bias an expert, which only the choice sees, takes the place of most of the
 balancing loss (Wang et al. 2024, arXiv:2408.15664).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from moejax.errors import ConfigError
+from moejax.routing.balance import check_rate
 from moejax.routing.base import Routing
+from moejax.routing.sigmoid import sigmoid_shares
 
 Array = jax.Array
+
+_EPSILON = 1e-20  # added to the sum of the weights, as DeepSeek's code has it
 
 
 def group_limited(
@@ -47,31 +53,31 @@ def group_limited(
 
   Raises:
     ConfigError: experts that do not make equal groups of at least two, groups
-      that hold fewer than k, or renormalisation at k = 1.
+      that hold fewer than k, renormalisation at k = 1, a scale that is not
+      positive, or a rate below 0.
   """
-  del bias_rate, rng
+  del rng
   E = logits_TE.shape[-1]
   _check(E, k, num_groups, topk_groups)
-  if renormalize and k == 1:
-    raise ConfigError(
-      "model.moe.router: renormalize=True with k=1 gives the router no "
-      "gradient; use k >= 2 or renormalize=False"
-    )
+  _check_weights(k, scale, renormalize)
+  check_rate(bias_rate)
   score_TE = jax.nn.sigmoid(logits_TE)
   choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
   choice_TE = jax.lax.stop_gradient(choice_TE)
   if topk_groups < num_groups:
     choice_TE = _within_groups(choice_TE, num_groups, topk_groups)
   _, expert_TX = jax.lax.top_k(choice_TE, k)
-  weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
+  chosen_TX = jnp.take_along_axis(logits_TE, expert_TX, axis=-1)
   if renormalize:
-    weight_TX /= weight_TX.sum(-1, keepdims=True) + 1e-20
+    weight_TX = sigmoid_shares(chosen_TX, _EPSILON)
+  else:
+    weight_TX = jax.nn.sigmoid(chosen_TX)
   routing = Routing.from_token_choice(
     expert_TX, scale * weight_TX, logits_TE, mask_T
   )
   _, unbiased_TX = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
   return routing.replace(
-    prob_TE=score_TE / score_TE.sum(-1, keepdims=True),
+    prob_TE=sigmoid_shares(logits_TE),
     # The paper's complementary loss (equation 18) knows no bias and no groups.
     counted_A=unbiased_TX.reshape(-1).astype(jnp.int32),
   )
@@ -88,6 +94,19 @@ def _within_groups(
   kept_TG = jax.nn.one_hot(kept, num_groups, dtype=bool).any(1)
   kept_TE = jnp.repeat(kept_TG, E // num_groups, axis=1)
   return jnp.where(kept_TE, choice_TE, -jnp.inf)
+
+
+def _check_weights(k: int, scale: float, renormalize: bool) -> None:
+  if renormalize and k == 1:
+    raise ConfigError(
+      "model.moe.router: renormalize=True with k=1 gives the router no "
+      "gradient; use k >= 2 or renormalize=False"
+    )
+  if not 0 < scale < math.inf:
+    raise ConfigError(
+      f"model.moe.router: scale={scale} must be positive: at 0 experts add "
+      "nothing and learn nothing"
+    )
 
 
 def _check(E: int, k: int, num_groups: int, topk_groups: int) -> None:

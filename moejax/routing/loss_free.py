@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import ConfigError
+from moejax.routing.balance import check_rate
 from moejax.routing.base import Routing
+from moejax.routing.sigmoid import sigmoid_shares
 
 Array = jax.Array
 
@@ -38,24 +40,27 @@ def loss_free(
     rng: not used.
 
   Raises:
-    ConfigError: an unknown score.
+    ConfigError: an unknown score, or a rate below 0, which would send ever more
+      tokens to the busiest experts.
   """
-  del bias_rate, rng
+  del rng
+  check_rate(bias_rate)
   if score not in ("sigmoid", "softmax"):
     raise ConfigError(
       f"model.moe.router: score={score!r} is neither 'softmax' nor 'sigmoid'"
     )
   if score == "sigmoid":
     score_TE = jax.nn.sigmoid(logits_TE)
+    prob_TE = sigmoid_shares(logits_TE)
   else:
-    score_TE = jax.nn.softmax(logits_TE, axis=-1)
+    score_TE = prob_TE = jax.nn.softmax(logits_TE, axis=-1)
   choice_TE = score_TE if bias_E is None else score_TE + bias_E[None]
   _, expert_TX = jax.lax.top_k(jax.lax.stop_gradient(choice_TE), k)
   weight_TX = jnp.take_along_axis(score_TE, expert_TX, axis=-1)
   routing = Routing.from_token_choice(expert_TX, weight_TX, logits_TE, mask_T)
   _, unbiased_TX = jax.lax.top_k(jax.lax.stop_gradient(score_TE), k)
   return routing.replace(
-    prob_TE=score_TE / score_TE.sum(-1, keepdims=True),
+    prob_TE=prob_TE,
     # A balancing loss beside the bias is of the scores alone (DeepSeek-V3).
     counted_A=unbiased_TX.reshape(-1).astype(jnp.int32),
   )

@@ -37,13 +37,13 @@ def resolve(spec: Spec) -> Router:
       "routers"
     )
   module = _imported(module_name, spec)
-  if not hasattr(module, name):
-    known = routers_of(module)
+  known = routers_of(module)
+  if not _may_be_router(module, name, known):
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}? It" if near else "it"
     raise ConfigError(
       f"model.moe.router: {module_name} has no router {name!r}; {hint} has "
-      f"{', '.join(known)}"
+      f"{', '.join(known) or 'none'}"
     )
   router = getattr(module, name)
   if not callable(router):
@@ -55,6 +55,15 @@ def resolve(spec: Spec) -> Router:
   _check_options(router, spec)
   _check_types(router, spec)
   return functools.partial(router, **spec.kwargs)
+
+
+def _may_be_router(
+  module: types.ModuleType, name: str, known: list[str]
+) -> bool:
+  """Whether a module has it, and it is neither a class nor a helper of ours."""
+  if not hasattr(module, name) or inspect.isclass(getattr(module, name)):
+    return False
+  return module.__name__ != "moejax.routing" or name in known
 
 
 def routers_of(module) -> list[str]:

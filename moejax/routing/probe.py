@@ -50,6 +50,37 @@ def probe_tokens(router: Router) -> int:
   return size
 
 
+def experts_of_a_token(
+  router: Router, num_experts: int, name: str
+) -> int | None:
+  """How many a token has, in the mean over any batch.
+
+  None if the logits decide that (`top_p`, `null_experts`), or if a router has
+  neither a fixed number nor an option k that says it.
+
+  Args:
+    router: with its options bound.
+    num_experts: E.
+    name: as the config writes it.
+
+  Raises:
+    ConfigError: what it returns is no Routing, or an exception in it.
+  """
+  inputs = _inputs(router, num_experts, probe_tokens(router), 0)
+  logits_TE = inputs.pop("logits_TE")
+  mask_T = jnp.ones(len(logits_TE), bool)
+  routing = jax.eval_shape(
+    lambda *args: call_router(router, name, *args), logits_TE, mask_T, None,
+    inputs,
+  )  # fmt: skip
+  if routing.unused_A is not None:
+    return None
+  if routing.experts_per_token:
+    return routing.experts_per_token
+  k = option(router, "k") if asks_for(router, "k") else None
+  return k if type(k) is int else None
+
+
 def probe(router: Router, num_experts: int, name: str) -> None:
   """Runs a router in training and in evaluation, and looks at what it says.
 
@@ -62,10 +93,11 @@ def probe(router: Router, num_experts: int, name: str) -> None:
     name: as the config writes it.
 
   Raises:
-    ConfigError: an exception in it, experts or tokens that do not exist,
-      weights that are not finite, shares that are none, more tokens than the
-      capacity, padding that is sent to experts, or choices that in evaluation
-      depend on later tokens without the mark `non_causal`.
+    ConfigError: an exception in it, experts or tokens that do not exist, an
+      expert twice for one token, weights or logits that are not finite, shares
+      that are none, more tokens than the capacity, padding that is sent to
+      experts, or choices that in evaluation depend on later tokens without the
+      mark `non_causal`.
   """
   if (tried := (bare(router), name, num_experts)) in _tried:
     return
@@ -182,17 +214,8 @@ def _check_values(
     )
   if not np.isfinite(routing.weight_A).all():
     raise ConfigError(f"{where}: weight_A has numbers that are not finite")
-  for field in ("wanted_A", "counted_A"):
-    found_A = getattr(routing, field)
-    if found_A is not None and (found_A < 0).any():
-      raise ConfigError(f"{where}: {field} has experts below 0")
-  if routing.prob_TE is not None:
-    sums_T = routing.prob_TE.sum(-1)
-    if not np.allclose(sums_T, 1.0, atol=1e-3):
-      raise ConfigError(
-        f"{where}: prob_TE must be shares that sum to 1, not to "
-        f"{sums_T.min():.3g} to {sums_T.max():.3g}"
-      )
+  _check_counted(routing, mask_T, E, where)
+  _check_logits(routing, where)
   most = np.bincount(expert_A, minlength=E + 1)[:E].max()
   if routing.capacity and most > routing.capacity:
     raise ConfigError(
@@ -202,6 +225,61 @@ def _check_values(
     raise ConfigError(
       f"{where}: sends padding to experts; where mask_T is False, expert_A "
       "must be E, nowhere (Routing.from_token_choice does it)"
+    )
+  there_A = expert_A < E
+  pairs = token_A[there_A].astype(np.int64) * E + expert_A[there_A]
+  pair, times = np.unique(pairs, return_counts=True)
+  if (times > 1).any():
+    twice = pair[times.argmax()]
+    raise ConfigError(
+      f"{where}: token {twice // E} has expert {twice % E} {times.max()} "
+      "times, and its load counts as often; give each expert once, with the "
+      "sum of its weights"
+    )
+
+
+def _check_counted(
+  routing: Routing, mask_T: np.ndarray, E: int, where: str
+) -> None:
+  """The experts that metrics and the balancing loss count.
+
+  Those beyond would count nowhere, and the loss would be 0.
+  """
+  real_A = mask_T[routing.token_A]
+  choices = routing.all_logits_TE.shape[-1]
+  for field, number in (("wanted_A", E), ("counted_A", choices)):
+    found_A = getattr(routing, field)
+    if found_A is None:
+      continue
+    if (found_A < 0).any():
+      raise ConfigError(f"{where}: {field} has experts below 0")
+    if (found_A[real_A] > number).any():
+      raise ConfigError(
+        f"{where}: {field} has experts up to {found_A[real_A].max()}, but "
+        f"there are {number}, from 0 to {number - 1} ({number} means nowhere)"
+      )
+
+
+def _check_logits(routing: Routing, where: str) -> None:
+  """Logits and shares, of which losses and metrics are."""
+  if not np.isfinite(routing.all_logits_TE).all():
+    raise ConfigError(
+      f"{where}: logits_TE or null_TN of its Routing have numbers that are not "
+      "finite, though those that it was given are"
+    )
+  prob_TE = routing.prob_TE
+  if prob_TE is None:
+    return
+  sums_T = prob_TE.sum(-1)
+  if not np.allclose(sums_T, 1.0, atol=1e-3):
+    raise ConfigError(
+      f"{where}: prob_TE must be shares that sum to 1, not to "
+      f"{sums_T.min():.3g} to {sums_T.max():.3g}"
+    )
+  if (prob_TE < 0).any():
+    raise ConfigError(
+      f"{where}: prob_TE must be shares from 0 to 1, not from "
+      f"{prob_TE.min():.3g} to {prob_TE.max():.3g}"
     )
 
 

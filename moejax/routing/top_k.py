@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from moejax.errors import ConfigError
 from moejax.routing.base import Routing
+from moejax.routing.sigmoid import sigmoid_shares
 
 Array = jax.Array
 
@@ -58,11 +59,14 @@ def top_k(
     noisy_TE = logits_TE * _uniform(rng, logits_TE.shape[-1], jitter)
   if score == "softmax":
     scores_TE = jax.nn.softmax(noisy_TE, axis=-1)
+    weight_TX, expert_TX = jax.lax.top_k(scores_TE, k)
+    if renormalize:
+      weight_TX /= weight_TX.sum(-1, keepdims=True)
   else:
-    scores_TE = jax.nn.sigmoid(noisy_TE)
-  weight_TX, expert_TX = jax.lax.top_k(scores_TE, k)
-  if renormalize:
-    weight_TX /= weight_TX.sum(-1, keepdims=True)
+    # The order of the scores, also where they round to the same number.
+    best_TX, expert_TX = jax.lax.top_k(noisy_TE, k)
+    shares = sigmoid_shares if renormalize else jax.nn.sigmoid
+    weight_TX = shares(best_TX)
   return Routing.from_token_choice(expert_TX, weight_TX, logits_TE, mask_T)
 
 

@@ -79,8 +79,9 @@ def read_points(paths: list[str], params: str = "active") -> Points:
   Raises:
     DataError: a run that is not finished or not validated at its end, runs on
       other data or validated on other tokens, a table that is damaged or lacks
-      a column.
+      a column, a path or a point twice, which would narrow the intervals.
   """
+  _require_once(paths)
   rows, runs, notes = [], [], []
   files = [path for path in map(Path, paths) if _is_table(path)]
   names = _names([path for path in map(Path, paths) if path not in files])
@@ -90,11 +91,11 @@ def read_points(paths: list[str], params: str = "active") -> Points:
       missing = sum(row["flops"] is None for row in table)
       if missing:
         notes.append(f"{path}: {missing} points without flops count as 6 N D")
-      rows += table
+      rows += [row | {"where": f"{row['name']} of {path}"} for row in table]
     else:
       run = dataclasses.replace(load_run_data(path), name=names[path])
       runs.append(run)
-      rows.append(_point_of(run, path, params))
+      rows.append(_point_of(run, path, params) | {"where": str(path)})
   notes += _check_comparable(runs)
   numbers = {
     key: np.array([row[key] for row in rows], float)
@@ -105,8 +106,10 @@ def read_points(paths: list[str], params: str = "active") -> Points:
     SIX_ND.flops(numbers["params"], numbers["tokens"]),
     numbers["flops"],
   )
+  numbers["flops"] = flops
+  _require_distinct(rows, np.stack(list(numbers.values()), axis=1))
   names = tuple(row["name"] for row in rows)
-  return Points(names, **(numbers | {"flops": flops}), notes=tuple(notes))
+  return Points(names, **numbers, notes=tuple(notes))
 
 
 def compute_law(points: Points) -> tuple[ComputeLaw, float]:
@@ -133,6 +136,32 @@ def to_csv(points: Points, count: str = "active") -> str:
   for name, *numbers in zip(points.names, *columns):
     writer.writerow([name, *(repr(float(x)) for x in numbers)])
   return out.getvalue()
+
+
+def _require_once(paths: list[str]) -> None:
+  """No folder or table twice, however it is written."""
+  seen: dict[Path, str] = {}
+  for path in paths:
+    whole = Path(path).resolve()
+    if whole in seen:
+      raise DataError(
+        f"{seen[whole]} and {path} are one path; points count once: leave one "
+        "out"
+      )
+    seen[whole] = path
+
+
+def _require_distinct(rows: list[dict[str, Any]], numbers: np.ndarray) -> None:
+  """Two runs never end at the same loss to the last digit."""
+  seen: dict[tuple[float, ...], str] = {}
+  for row, values in zip(rows, map(tuple, numbers.tolist())):
+    if values in seen:
+      raise DataError(
+        f"{seen[values]} and {row['where']} are one point: size, tokens, FLOPs "
+        "and loss are the same to the last digit; leave one out (or give "
+        "losses that were rounded more digits)"
+      )
+    seen[values] = row["where"]
 
 
 def _is_table(path: Path) -> bool:

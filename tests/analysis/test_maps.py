@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which experts a picture shows, and what its title and axes say."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from moejax.analysis import maps
 from moejax.analysis.measures import CoActivation, DomainSpecialisation
-from moejax.report.style import new_figure, plot_style
+from moejax.report.pictures import save_png
+from moejax.report.style import new_figure, plot_style, short_name
 
 E = 48
 
@@ -143,3 +146,23 @@ def test_the_chance_of_pairs_says_how_it_is_counted():
   varying = of([0.13, 0.144])
   assert "(k - 1)/(E - 1)" not in varying
   assert "13.7\u00a0%, the mean over routers" in varying
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+  "name", ["a$\\frac{$", "n" * 200, "中文" * 60, "$5, $6"]
+)
+def test_any_name_of_a_domain(name, narrow, tmp_path):
+  """No TeX, and no layout that a long name collapses; warnings are errors."""
+  share = np.full((3, 8), 0.25)
+  share[0, 3] = 0.4
+  result = dataclasses.replace(
+    of_domains(*share, routers=3), domains=(name, "code", "wiki")
+  )
+  chart = maps.domain_chart(result)
+  assert short_name(name) in chart.title
+  save_png(chart, tmp_path / "domains.png")
+  figure = drawn(chart, narrow)
+  titles = [ax.get_title(loc="left") for ax in figure.get_axes()]
+  assert f"{short_name(name)}, layer 0" in titles
+  assert figure.get_axes()[0].get_window_extent().width > 150

@@ -197,6 +197,15 @@ def test_how_many_find_an_expert_full():
   )
 
 
+@pytest.mark.parametrize("full, said", [(1, "<1%"), (9, "<1%"), (20, "1%")])
+def test_few_that_find_an_expert_full_are_not_none(full, said):
+  """Of 2,000 tokens one is 0.05%, which rounds to nothing."""
+  missing_T = (np.arange(2000) < full).astype(int)
+  train_TG = 1.0 - 0.5 * missing_T[:, None]
+  weights = SliceWeights(np.ones((2000, 1)), train_TG, missing_T, 2)
+  assert f": {said} {FULL}" in weights.report("")[1]
+
+
 def test_what_a_dense_config_says_of_experts_does_not_matter(tmp_path):
   """Its default router asks for eight of the four."""
   moe = {"num_experts": 4, "d_expert": 7}

@@ -29,6 +29,7 @@ class Recipe:
   loss_at: dict[int, float] = dataclasses.field(default_factory=dict)
   pattern: tuple[str, ...] = ()
   validated: float = 16384.0
+  luck: float = 0.0  # of a seed, on the validation loss
 
   def config(self) -> Config:
     pattern = self.pattern or (
@@ -74,7 +75,7 @@ def write_run(folder: Path, recipe: Recipe) -> Path:
         log.load(step, load(recipe, step))
       if recipe.evaluations and step % 20 == 0:
         log.evaluation(step, {
-          "validation/xent": loss(step) + 0.1,
+          "validation/xent": loss(step) + 0.1 + recipe.luck,
           "validation/perplexity": np.exp(loss(step) + 0.1),
           "validation/bits_per_byte": 1.5 + 1 / step,
           "validation/tokens": recipe.validated,

@@ -61,11 +61,14 @@ def test_several_choices_cannot_be_recycled():
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("k, factor", [(1, 1.0), (1, 1.25), (2, 1.0), (3, 0.5)])
-@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(
+  "k, factor, renormalize",
+  [
+    (1, 1.0, False), (1, 1.25, False), (2, 1.0, False), (2, 1.0, True),
+    (3, 0.5, False), (3, 0.5, True),
+  ],
+)  # fmt: skip
 def test_switch_by_hand(k, factor, renormalize):
-  if k == 1 and renormalize:
-    return
   logits = draw(0)
   routing = switch(
     jnp.asarray(logits), jnp.asarray(MASK), group_size=S, k=k,
@@ -172,6 +175,28 @@ def test_sinkhorn_is_nearer_to_balance_and_greedy_in_evaluation(k):
   )  # fmt: skip
 
 
+def plan_by_hand(logits, mask, iterations):
+  """Rows, then columns, so many times, and rows at the end; float64."""
+  plan = np.exp(logits.astype(np.float64))[mask]
+  for _ in range(iterations):
+    plan /= plan.sum(1, keepdims=True) * len(plan)
+    plan /= plan.sum(0, keepdims=True) * E
+  return plan / plan.sum(1, keepdims=True)
+
+
+def test_sinkhorn_has_sixteen_iterations_by_default():
+  """Logits so far apart that one more or one less choose otherwise."""
+  logits = 8 * draw(0)
+  routing = sinkhorn(
+    jnp.asarray(logits), jnp.asarray(MASK), k=2, group_size=T, rng=KEYS
+  )
+  best = lambda n: np.argsort(-plan_by_hand(logits, MASK, n), axis=1)[:, :2]
+  got = np.asarray(routing.expert_A).reshape(T, 2)[MASK]
+  np.testing.assert_array_equal(got, best(16))
+  for other in (3, 15, 17, 32):
+    assert (best(other) != best(16)).any()
+
+
 def test_padding_does_not_move_the_plan():
   logits = draw(5)[:S]
   mask = np.arange(S) < 10
@@ -203,6 +228,8 @@ def test_impossible_options():
       *given, k=1, group_size=32, rng=KEYS)),
     ("must be positive", lambda: switch(
       *given, group_size=S, capacity_factor=0.0, rng=KEYS)),
+    ("capacity_factor=inf and group_size=16 must be", lambda: switch(
+      *given, group_size=S, capacity_factor=math.inf, rng=KEYS)),
     ("group_size=6 times k=1 over 4 experts", lambda: expert_choice(
       *given, k=1, group_size=6)),
     ("in .1, group_size.", lambda: expert_choice(*given, k=5, group_size=S)),

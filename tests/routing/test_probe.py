@@ -134,6 +134,39 @@ def wanted_below(logits_TE, mask_T, *, k=1, rng=None):
   return good.replace(wanted_A=good.expert_A - 9)
 
 
+def wanted_beyond(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(wanted_A=good.expert_A + E)
+
+
+def counted_beyond(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(counted_A=good.expert_A + 100)
+
+
+def counted_floats(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(counted_A=good.weight_A)
+
+
+def negative_shares(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  prob_TE = jnp.zeros(logits_TE.shape).at[:, :3].set(jnp.array([3, -3, 1]))
+  return good.replace(prob_TE=prob_TE)
+
+
+def no_logits(logits_TE, mask_T, *, k=1, rng=None):
+  good = routing.top_k(logits_TE, mask_T, k=1)
+  return good.replace(logits_TE=logits_TE.at[2, 3].set(jnp.nan))
+
+
+def same_twice(logits_TE, mask_T, *, k=2, rng=None):
+  best_T1 = jnp.argmax(logits_TE, axis=-1)[:, None]
+  half_TX = jnp.full((logits_TE.shape[0], 2), 0.5)
+  twice_TX = jnp.repeat(best_T1, 2, axis=1)
+  return Routing.from_token_choice(twice_TX, half_TX, logits_TE, mask_T)
+
+
 def two_of_one(logits_TE, mask_T, *, rng=None):
   return routing.top_k(logits_TE, mask_T, k=2)
 
@@ -154,12 +187,29 @@ def two_of_one(logits_TE, mask_T, *, rng=None):
     (no_shares, "prob_TE must be shares that sum to 1, not to nan"),
     (shares_of_others, r"prob_TE is \(3, 2\), not \(16, 8\)"),
     (wanted_below, "wanted_A has experts below 0"),
+    (
+      wanted_beyond,
+      r"wanted_A has .* 1\d, but there are 8, from 0 to 7",
+    ),
+    (counted_beyond, r"counted_A has experts up to 10\d, but there are 8"),
+    (counted_floats, "counted_A is float32, not integers"),
+    (negative_shares, "prob_TE must be shares from 0 to 1, not from -3 to 3"),
+    (
+      no_logits,
+      "logits_TE or null_TN of its Routing have numbers that",
+    ),
     (two_of_one, "gives each token 2 experts, its name says k=1"),
   ],
 )
 def test_what_a_router_got_wrong_is_named(router, message):
   config = model_of(f"{__name__}.{router.__name__}")
   with pytest.raises(ConfigError, match=message):
+    init_variables(build(config), jax.random.key(0))
+
+
+def test_one_expert_twice_for_a_token_is_named():
+  config = model_of(f"{__name__}.same_twice(k=2)")
+  with pytest.raises(ConfigError, match=r"token 0 has expert \d 2 times, and"):
     init_variables(build(config), jax.random.key(0))
 
 
@@ -196,6 +246,10 @@ def test_options_that_are_no_options(text, message):
     ("switch(group_size=0)", "group_size=0 must be a positive integer"),
     ("expert_choice(k=2, group_size=-8)", "group_size=-8 must be a positive"),
     ("sinkhorn(k=2, group_size=8, iterations=0)", "iterations=0 must be"),
+    ("loss_free(k=2, bias_rate=-1)", "bias_rate=-1 must be 0 or more: below"),
+    ("group_limited(k=2, bias_rate=-0.1)", "bias_rate=-0.1 must be 0 or more"),
+    ("group_limited(k=2, scale=0)", "scale=0 must be positive: at 0 experts"),
+    ("group_limited(k=2, scale=-1.0)", "scale=-1.0 must be positive"),
   ],
 )
 def test_options_that_cannot_be(text, message):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.config import MoEConfig
 from moejax.errors import ConfigError
 from moejax.routing import RouterStats, is_causal, non_causal, resolve, top_k
 from moejax.spec import Spec
@@ -62,6 +63,25 @@ def test_jitter_follows_the_token_and_only_in_training():
   np.testing.assert_array_equal(noisy.logits_TE, logits)
 
 
+@pytest.mark.parametrize("jitter", [0.01, 0.5])
+def test_jitter_is_uniform_around_one(jitter):
+  """Bounds, mean and spread of the factor, told from sigmoid scores."""
+  n = 2000
+  keys = jax.random.split(jax.random.key(1), n)
+  routing = top_k(
+    jnp.ones((n, E)), jnp.ones(n, bool), k=E, score="sigmoid", jitter=jitter,
+    rng=keys,
+  )  # fmt: skip
+  score = np.asarray(routing.weight_A, np.float64)
+  noise = (np.log(score / (1 - score)) - 1) / jitter  # uniform in [-1, 1]
+  rounding = 1e-6 / jitter
+  assert -1 - rounding <= noise.min() < -0.99
+  assert 0.99 < noise.max() <= 1 + rounding
+  # Within five standard deviations of mean and mean square.
+  assert abs(noise.mean()) < 5 * np.sqrt(1 / 3 / noise.size)
+  assert abs((noise**2).mean() - 1 / 3) < 5 * np.sqrt(4 / 45 / noise.size)
+
+
 def test_stats_against_a_plain_count():
   mask_BT = jnp.asarray(np.arange(8).reshape(2, 4) != 6)
   logits = jnp.asarray(LOGITS[:8])
@@ -111,11 +131,26 @@ def test_a_router_in_a_file_of_ones_own(tmp_path, monkeypatch):
     ("topk(k=1)", "'topk'; did you mean 'top_k'. It has attention_heads"),
     ("top_k(n=1)", "its options: k, score, renormalize, jitter"),
     ("nowhere.at_all(k=1)", "no module 'nowhere'"),
+    ("Routing(k=2)", "no router 'Routing'; it has attention_heads"),
+    ("resolve(k=2)", "no router 'resolve'; it has attention_heads"),
   ],
 )
 def test_bad_routers_say_what_there_is(text, message):
   with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
     resolve(Spec.parse(text))
+
+
+@pytest.mark.parametrize(
+  "text, message",
+  [
+    ("top_k(k=2, k=3)", r"'top_k\(k=2, k=3\)' has k twice; leave one out"),
+    ("switch(capacity_factor=1e400)", "capacity_factor is beyond any float"),
+    ("top_p(p=-1e400, k=2)", "p is beyond any float; give a finite number"),
+  ],
+)
+def test_arguments_that_cannot_be_parsed(text, message):
+  with pytest.raises(ConfigError, match=message):
+    assert MoEConfig(num_experts=E, router=text).router_spec
 
 
 def test_causality_is_a_mark():

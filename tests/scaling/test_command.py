@@ -216,7 +216,8 @@ def test_folders_of_runs(tmp_path, capsys):
   """Of one size and length there is nothing to fit, but they are read."""
   runs = []
   for name in "abc":
-    runs.append(str(write_run(tmp_path / name, Recipe())))
+    recipe = Recipe(luck=0.01 * len(runs))
+    runs.append(str(write_run(tmp_path / name, recipe)))
   assert main(["scaling", "fit", *runs, f"--output={tmp_path / 'out'}"]) == 2
   assert "3 points of 1 sizes" in capsys.readouterr().err
 

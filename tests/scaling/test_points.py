@@ -77,8 +77,8 @@ def test_runs_validated_on_other_tokens_are_not_compared(tmp_path, more):
 
 
 def test_batches_of_validation_may_differ_where_its_tokens_do_not(tmp_path):
-  for name in "ab":
-    write_run(tmp_path / name, Recipe())
+  for name, luck in (("a", 0.0), ("b", 0.01)):
+    write_run(tmp_path / name, Recipe(luck=luck))
   for key, value in (
     ("num_batches", 32), ("batch_size", 4), ("every", 7), ("sample_tokens", 9),
   ):  # fmt: skip
@@ -89,8 +89,8 @@ def test_batches_of_validation_may_differ_where_its_tokens_do_not(tmp_path):
 def test_runs_of_a_sweep_have_names_of_their_own(tmp_path):
   folders = [tmp_path / "one" / f"p{i}" / "seed_0" for i in range(2)]
   folders.append(tmp_path / "other" / "seed_1")
-  for folder in folders:
-    write_run(folder, Recipe())
+  for i, folder in enumerate(folders):
+    write_run(folder, Recipe(luck=0.01 * i))
   points = read_points([str(folder) for folder in folders])
   assert points.names == ("one/p0/seed_0", "one/p1/seed_0", "other/seed_1")
   assert read_points([str(f) for f in folders[1:]]).names == (
@@ -114,6 +114,35 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
   assert again.names == points.names
   for name in ("params", "tokens", "flops", "loss"):
     np.testing.assert_array_equal(getattr(again, name), getattr(points, name))
+
+
+def test_a_path_is_given_once(tmp_path, monkeypatch):
+  write_run(tmp_path / "a", Recipe())
+  (tmp_path / "p.csv").write_text(to_csv(points_of(LAW)))
+  (tmp_path / "link").symlink_to("a")
+  monkeypatch.chdir(tmp_path)
+  for first, second in (
+    ("p.csv", "p.csv"), ("p.csv", "./p.csv"), ("a", str(tmp_path / "a")),
+    ("a", "link"),
+  ):  # fmt: skip
+    message = f"{first} and {second} are one path; points count once"
+    with pytest.raises(DataError, match=message):
+      read_points([first, second])
+
+
+def test_a_run_is_one_point_also_of_a_table(tmp_path, monkeypatch):
+  """The points.csv of an earlier fit beside the runs that it is of."""
+  monkeypatch.chdir(tmp_path)
+  for name, luck in (("a", 0.0), ("b", 0.01)):
+    write_run(tmp_path / name, Recipe(luck=luck))
+  (tmp_path / "p.csv").write_text(to_csv(read_points(["a", "b"])))
+  with pytest.raises(DataError, match="^a and a of p.csv are one point: size"):
+    read_points(["a", "p.csv"])
+  (tmp_path / "q.csv").write_text((tmp_path / "p.csv").read_text())
+  with pytest.raises(DataError, match="^a of p.csv and a of q.csv are one po"):
+    read_points(["p.csv", "q.csv"])
+  write_run(tmp_path / "c", Recipe(luck=1e-6))  # another seed is another point
+  assert len(read_points(["a", "b", "c"])) == 3
 
 
 def test_a_tables_column_says_what_n_counts(tmp_path):
