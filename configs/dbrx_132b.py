@@ -19,7 +19,8 @@ docs/pods.md:
 clipped to +-8; RoPE base 500,000; balancing loss 0.05, no z-loss. Its data
 followed a curriculum, the best of it last (press reports: the last week of
 about two months). Shares, optimizer, learning rate and batch are not published:
-those here are a start for a study, not the recipe.
+those here are a start for a study, not the recipe. Nor is that draws of weights
+are cut at 3 standard deviations, the default of this code.
 """
 
 from moejax.config import default_config

@@ -22,6 +22,12 @@ The second phase changes the mixture (more curated and instruction-like text)
 when the decay begins, after 1 T of 1.25 T tokens; shares are those of the paper
 (the second phase's table adds up to 99.7). Betas and epsilon of Adam are not
 published.
+
+Where sources differ: the paper says that the first and the last rate are a
+tenth of the largest, while its formula of the warm-up, s / W of it, begins at
+zero; here it is the formula. Weights are drawn with 0.01 in the released class
+and with 0.02 in a table of OLMoE's paper; here it is the former. That draws are
+cut at 3 standard deviations is the default of this code, not published.
 """
 
 from moejax.config import default_config

@@ -13,10 +13,10 @@ A pod for it; what it gives is in docs/pods.md:
     --config.parallel.fsdp=256 --config.model.remat=dots
 
 64 experts, top-8 of the softmax over all, not renormalised; QK-norm over all
-heads at once; no shared expert. Two phases: a cosine to a tenth over 5.03 T
-tokens (5 T were planned), then annealing: 100 B tokens of the same data,
-shuffled anew, linearly from there to zero (the released config starts at 4e-5,
-an appendix of the paper says 5e-4).
+heads at once; no shared expert. Three phases: a cosine to a tenth over 5 T
+tokens, as planned; flat from there to 5.03 T; then annealing: 100 B tokens of
+the same data, shuffled anew, linearly from there to zero (the released config
+starts at 4e-5, an appendix of the paper says 5e-4).
 
 The data is OLMoE-mix as local files, in the paper's shares (1.3 epochs of it in
 all), and the tokenizer that of the released model; both are named below, you
@@ -62,8 +62,10 @@ def get_config(arg=""):
   config.data.seq_len = 4096
   config.train.batch_size = 1024
   config.train.num_steps = 1_223_842
+  cosine = 1_192_093  # 5 T tokens, its t_max
   config.train.phases = (
-    {"name": "main", "steps": 1_200_000},
+    {"name": "main", "steps": cosine},
+    {"name": "flat", "steps": 1_200_000 - cosine, "options": constant(4e-5)},
     {"name": "anneal", "options": annealing(4e-5)},
   )
   config.checkpoint.every = 5000
@@ -86,6 +88,16 @@ def _mixture(config):
   config.data.weights = tuple(tokens.values())
 
 
+def constant(learning_rate):
+  """The end of the cosine, kept; the data goes on."""
+  return {
+    "optimizer.learning_rate": learning_rate,
+    "optimizer.schedule.name": "wsd",
+    "optimizer.schedule.warmup": 0.0,
+    "optimizer.schedule.decay": 0.0,
+  }
+
+
 def annealing(learning_rate):
   """From the end of the cosine to zero, on the data in another order."""
   return {
@@ -102,7 +114,8 @@ def _shrink(config):
 
   shrink_training(config)
   config.train.phases = (
-    {"name": "main", "steps": 95},
+    {"name": "main", "steps": 88},
+    {"name": "flat", "steps": 8, "options": constant(3e-4)},
     {"name": "anneal", "options": annealing(3e-4)},
   )
   model = config.model

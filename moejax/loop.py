@@ -94,7 +94,7 @@ class Loop:
           self.progress.message(describe_phase(self.config, self.phase))
         stop = self._run_phase(programs[self.phase], guard)
       self._log_pending()
-      self._say(self.profiler.close())
+      self._say(self.profiler.finish(self.step))
       if self.saved_step != self.step:
         self._save()
       self.checkpoints.wait()

@@ -4,7 +4,7 @@
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,21 +120,46 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
   """Where to go, before decay and learning rate."""
+  adam = optax.scale_by_adam(
+    config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype
+  )
   if config.name == "adamw":  # Loshchilov & Hutter 2019
-    return optax.scale_by_adam(
-      config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype
-    )
-  # Muon (Jordan et al. 2024) of matrices, Adam of all else. Updates have the
-  # root mean square of Adam's, so rate and decay mean the same for both (Liu et
-  # al. 2025, "Muon is scalable for LLM training", arXiv:2502.16982).
-  muon = optax.contrib.muon(
-    1.0, beta=config.b1, eps=config.eps, mu_dtype=config.mu_dtype,
-    adam_b1=config.b1, adam_b2=config.b2, consistent_rms=_ADAM_RMS,
-    muon_weight_dimension_numbers=functools.partial(
-      matrix_axes, adam=config.muon_adam
+    return adam
+  # Muon (Jordan et al. 2024) of matrices, Adam of all else. Not optax's `muon`:
+  # its `nesterov` is one for both, and would make NAdam of Adam.
+  axes_of = functools.partial(matrix_axes, adam=config.muon_adam)
+  muon = optax.chain(
+    optax.contrib.scale_by_muon(
+      beta=config.b1, eps=config.eps, mu_dtype=config.mu_dtype,
+      weight_dimension_numbers=axes_of,
+    ),
+    _scale_like_adam(axes_of),
+  )  # fmt: skip
+  return optax.partition(
+    {"muon": muon, "adam": adam},
+    lambda params: jax.tree.map(
+      lambda _, axes: "adam" if axes is None else "muon",
+      params, axes_of(params),
     ),
   )  # fmt: skip
-  return optax.chain(muon, optax.scale(-1.0))
+
+
+def _scale_like_adam(
+  axes_of: Callable[[Any], Any],
+) -> optax.GradientTransformation:
+  """Gives Muon's updates the root mean square of Adam's.
+
+  So rate and decay mean the same for both (Liu et al. 2025, "Muon is scalable
+  for LLM training", arXiv:2502.16982).
+  """
+
+  def scaled(x: jax.Array, axes: optax.contrib.MuonDimensionNumbers):
+    rows, columns = (math.prod(x.shape[a] for a in side) for side in axes)
+    return _ADAM_RMS * math.sqrt(max(rows, columns)) * x
+
+  return optax.stateless(
+    lambda updates, params: jax.tree.map(scaled, updates, axes_of(updates))
+  )
 
 
 def matrix_axes(params: Any, adam: tuple[str, ...]) -> Any:

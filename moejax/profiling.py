@@ -7,6 +7,7 @@ from typing import Self
 
 import jax
 
+from moejax import storage
 from moejax.errors import ConfigError
 
 FOLDER = "profile"
@@ -35,6 +36,43 @@ class ProfileWindow:
       raise ConfigError(f"--profile={text}: steps from 1, the first one first")
     return window
 
+  def __str__(self) -> str:
+    return f"--profile={self.first}:{self.last}"
+
+  def require_before(self, end: int) -> None:
+    """Raises ConfigError: it begins after step `end`, the run's last."""
+    if self.first > end:
+      raise ConfigError(
+        f"{self} begins after train.num_steps={end}; use a FIRST of at most "
+        f"{end}"
+      )
+
+  def left(self, start: int, end: int, workdir: str | Path) -> Self | None:
+    """What of it is in steps start + 1..end; prints what is not.
+
+    None where it was before those and the run has a profile: the same command
+    must go on with a run that was stopped after its window.
+
+    Raises:
+      ConfigError: it was before those, and there is no profile.
+    """
+    first, last = max(self.first, start + 1), min(self.last, end)
+    if first > last:
+      # What other hosts recorded is not looked for in an object store.
+      if storage.address(workdir) or (Path(workdir) / FOLDER).exists():
+        print(f"note: {self} is of steps that are done: nothing is recorded")
+        return None
+      raise ConfigError(
+        f"{self}: the run has done {start} of {end} steps; use a window after "
+        "them, or another --workdir"
+      )
+    if (first, last) != (self.first, self.last):
+      print(
+        f"note: {self} is cut to steps {first} to {last}: this launch runs "
+        f"steps {start + 1} to {end}"
+      )
+    return dataclasses.replace(self, first=first, last=last)
+
 
 class Profiler:
   """Starts and stops the profiler around the steps of a window."""
@@ -57,8 +95,17 @@ class Profiler:
     jax.block_until_ready(result)
     return self.close()
 
+  def finish(self, step: int) -> str:
+    """Called at the run's last step: ends a window that it leaves early."""
+    w = self._window
+    if w is None or step >= w.last:
+      return self.close()
+    if not self._running:
+      return f"profile: nothing recorded, the run stops before step {w.first}"
+    return f"{self.close()}; it ends at step {step}, where the run stops"
+
   def close(self) -> str:
-    """Ends a window that the run leaves early."""
+    """Ends the window, if one is open, and says where it is."""
     if not self._running:
       return ""
     jax.profiler.stop_trace()

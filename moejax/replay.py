@@ -18,11 +18,13 @@ from moejax.checkpoint import CheckpointReader
 from moejax.config import Config, ParallelConfig, Phase, phase_at
 from moejax.errors import CheckpointError, ConfigError
 from moejax.memory import compile_phases
+from moejax.metrics import METRICS, last_step
 from moejax.models import Rows, Transformer, build, unstack_repeats
 from moejax.optimizer import param_paths
 from moejax.parallel import make_mesh
 from moejax.phases import at_step, shaped_like
 from moejax.progress import progress_bar
+from moejax.run_files import fetched
 from moejax.stability import REASONS
 from moejax.step import (
   TrainState,
@@ -58,7 +60,7 @@ def replay(workdir: str | os.PathLike, step: int) -> None:
   """Prints what happened in a step, counted from 1.
 
   Raises:
-    ConfigError: the run has no such step.
+    ConfigError: the run has no such step, or has not come to it.
     CheckpointError: no intact checkpoint of an earlier step.
   """
   config = runs.read_config(workdir)
@@ -66,6 +68,7 @@ def replay(workdir: str | os.PathLike, step: int) -> None:
     raise ConfigError(
       f"--step={step} is not in [1, {config.train.num_steps}], the run's steps"
     )
+  done = _require_reached(workdir, step)
   config = dataclasses.replace(config, parallel=ParallelConfig())
   tokenizer = runs.read_tokenizer(workdir)
   stores = data_lib.PhasedStores.open(config, tokenizer)
@@ -75,9 +78,31 @@ def replay(workdir: str | os.PathLike, step: int) -> None:
   with stores.batches(phase, step - 1) as batches:
     batch = next(batches)
   print(f"step {step}" + (f", phase {phase.name}" if phase.name else ""))
+  if step > done:
+    print(f"not in the run's log: it has done {done} steps")
   _print_step(shaped_like(config, phase), state, batch)
   _print_rows(phase, state, batch, stores.of(phase), tokenizer)
   _print_layers(shaped_like(config, phase), state, batch)
+
+
+def _require_reached(workdir: str | os.PathLike, step: int) -> int:
+  """The steps that the run has done; not those that it never came to.
+
+  The one after them may be the one in which it died, and can be looked at.
+
+  Raises:
+    ConfigError: a later step.
+  """
+  logged = last_step(fetched(workdir) / METRICS)
+  # Checkpoints tell it of a run whose log is lost.
+  saved = CheckpointReader(runs.checkpoint_folder(workdir)).steps()
+  done = max([logged, *saved])
+  if step > done + 1:
+    raise ConfigError(
+      f"--step={step}: the run has done {done} steps; use one of at most "
+      f"{done + 1}"
+    )
+  return done
 
 
 def _state_before(config: Config, workdir: Path, step: int) -> TrainState:

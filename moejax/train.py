@@ -116,6 +116,8 @@ def train(
   keep_freed_memory()
   keep_programs()
   # Before anything is written: what is wrong with the data or the config.
+  if profile is not None:
+    profile.require_before(config.train.num_steps)
   refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)
   stores = data_lib.PhasedStores.open(config, tokenizer)
@@ -144,6 +146,8 @@ def train(
       start = int(state.step)
       if first and start and checkpoints.is_empty():
         _take_logs(config, files.folder)
+      if profile is not None:
+        profile = profile.left(start, config.train.num_steps, workdir)
       announce(config, model, stores, workdir, start)
       if start >= config.train.num_steps:
         print(f"already trained to step {start}; {how_to_go_on(config)}")

@@ -12,6 +12,7 @@ from moejax.config import phases_of
 from moejax.errors import ConfigError
 from moejax.models import build, count, kv_bytes_per_token
 from moejax.models.rope import rope_frequencies
+from moejax.optimizer import run_schedule
 from moejax.step import init_state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -71,6 +72,30 @@ def test_tiny_keeps_the_architecture_and_differs_in_all_sizes(name):
   # All heads together are D wide there, also in config.json's words.
   allowed = name in ("olmoe_1b_7b", "dbrx_132b", "flex_olmo_7x7b")
   assert len(set(sizes)) + allowed == len(sizes), sizes
+
+
+def test_olmoes_cosine_ends_at_five_trillion_tokens():
+  """Its t_max is not the end of the run: the rate is flat, then annealed."""
+  config = read("olmoe_1b_7b")
+  tokens = config.train.batch_size * config.data.seq_len
+  warmup, end, flat = 2500, math.ceil(5e12 / tokens), 1_200_000
+  last = config.train.num_steps
+
+  def closed_form(done):
+    """The rate of a step, `done` with it."""
+    if done <= warmup:
+      return 4e-4 * done / warmup
+    if done <= end:
+      t = (done - warmup) / (end - warmup)
+      return 4e-4 * (0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2)
+    return 4e-5 * min(1, (last - done) / (last - flat))
+
+  schedule = run_schedule(config)
+  ends = [at + d for at in (2500, end, flat) for d in (-1, 0, 1)]
+  for done in (1, *ends, 300_000, 600_000, 1_100_000, 1_212_000, last):
+    got = float(schedule(done - 1))
+    # A few roundings in float32 of sums as large as the peak.
+    assert abs(got - closed_form(done)) < 4 * 4e-4 * 2.0**-24, done
 
 
 def test_hunyuan_keeps_a_twentieth_of_plain_attentions_cache():

@@ -163,7 +163,11 @@ def test_a_run_skips_says_so_and_resumes_exactly(place, capsys):
   assert [r["step"] for r in rows if r["skipped"]] == [
     r["step"] for r in skipped
   ]
-  assert rows[-1]["loss/xent"] == "NaN" or rows[-1]["loss/xent"] < 4
+  # Learning goes on afterwards: nearly all steps are taken, none is "NaN".
+  taken = {r["step"]: r["loss/xent"] for r in rows if not r["skipped"]}
+  assert len(taken) >= 20 and 1 < first < max(taken)
+  assert all(isinstance(loss, float) for loss in taken.values())
+  assert taken[max(taken)] < taken[first - 1] - 0.2
   for stop in (first, 24):  # right after a skipped step
     config = config_of(train__num_steps=stop, optimizer__schedule__decay=0)
     assert train(config, "stopped", report=False) == 0
@@ -205,3 +209,21 @@ def test_replay_shows_the_layer_and_the_row(place, capsys):
       assert float(shown.split()[1]) == pytest.approx(norm, rel=1e-5)
   assert main(["replay", "to_replay", "--step=99"]) == 2
   assert "--step=99 is not in [1, 24]" in capsys.readouterr().err
+
+
+def test_replay_refuses_a_step_that_the_run_never_came_to(place, capsys):
+  """Of 40 steps it did 6; the seventh may be the one in which it died."""
+  config = config_of(train__num_steps=6, optimizer__schedule__decay=0)
+  assert train(config, "died", report=False) == 0
+  path = place / "died" / "config.json"
+  record = json.loads(path.read_text())
+  record["config"]["train"]["num_steps"] = 40
+  path.write_text(json.dumps(record))
+  capsys.readouterr()
+  assert main(["replay", "died", "--step=8"]) == 2
+  assert "--step=8: the run has done 6 steps" in capsys.readouterr().err
+  for step in (6, 7):
+    assert main(["replay", "died", f"--step={step}"]) == 0
+    said = capsys.readouterr().out
+    assert f"step {step}\n" in said
+    assert ("not in the run's log" in said) == (step == 7)

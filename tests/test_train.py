@@ -361,15 +361,3 @@ def test_averaged_weights_are_evaluated_and_exported(place, unbroken):
   none = moejax(place, "eval", unbroken.name, "--ema")
   assert none.returncode == 2
   assert "keeps no average" in none.stderr
-
-
-def test_a_window_of_steps_is_profiled(place):
-  options = ("--config.train.num_steps=20", "--profile=3:5")
-  done = train(place, "profiled", *options)
-  assert done.returncode == 0, done.stderr
-  assert "profile: profiled/profile" in done.stdout
-  found = list((place / "profiled" / "profile").rglob("*.xplane.pb"))
-  assert len(found) == 1 and found[0].stat().st_size > 10_000
-  for bad in ("5:3", "x", "0:2", "7"):
-    wrong = train(place, "profiled", f"--profile={bad}")
-    assert wrong.returncode == 2 and f"--profile={bad}" in wrong.stderr

@@ -98,8 +98,9 @@ def make_charts(run: RunData) -> dict[str, list[Chart]]:
   ]  # fmt: skip
   drawn = {
     "loss/xent", "learning_rate", "grad_norm", "tokens", "router/entropy",
-    "batch_digest",
     "router/max_over_mean", "loss/balance", "loss/router_z",
+    # Numbers that stand for something; the page says it in words.
+    "batch_digest", "phase", "skipped",
   }  # fmt: skip
   others = [
     curves.metric_chart(run, key)

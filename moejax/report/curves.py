@@ -23,16 +23,11 @@ from moejax.report.charts import (
 )  # fmt: skip
 from moejax.report.rundata import RunData
 from moejax.report.series import finite, smooth
+from moejax.report.skipped import divergence
 from moejax.report.style import LIGHT, short_name
 
 # Perplexity of more than this says nothing, and its axis runs out of ticks.
 MAX_PERPLEXITY_NATS = 14.0
-
-
-def first_not_finite(run: RunData) -> int | None:
-  """The first step whose loss is NaN or infinite."""
-  bad = ~np.isfinite(run.metrics["loss/xent"])
-  return int(run.metrics.steps[bad][0]) if bad.any() else None
 
 
 def loss_chart(run: RunData) -> Chart | None:
@@ -112,9 +107,11 @@ def recent_chart(run: RunData) -> Chart | None:
 
 def _loss_title(run: RunData) -> str:
   steps, loss = run.metrics.steps, run.metrics["loss/xent"]
-  bad = first_not_finite(run)
-  if bad is not None:
-    return f"The loss is not finite from step {bad} on"
+  diverged = divergence(run)
+  if diverged is not None:
+    return diverged[0].upper() + diverged[1:]
+  if not np.isfinite(loss).any():
+    return "No step has a finite loss"
   evals = run.evaluations
   if "validation/xent" in evals and len(evals) > 1:
     x, y = finite(evals.steps, evals["validation/xent"])

@@ -10,9 +10,10 @@ import numpy as np
 from moejax.config import Config, describe_options
 from moejax.progress import format_count, format_seconds
 from moejax.report.charts import last_mean, percent
-from moejax.report.curves import first_not_finite, median_rate
+from moejax.report.curves import median_rate
 from moejax.report.rundata import RunData
 from moejax.report.series import finite
+from moejax.report.skipped import divergence, how_many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +87,9 @@ def _speed_tiles(run: RunData) -> list[Tile]:
 def status(run: RunData) -> tuple[str, str]:
   """One word for how the run stands, and a sentence."""
   where = f"step {run.last_step:,} of {run.num_steps:,}"
-  bad = first_not_finite(run) if "loss/xent" in run.metrics else None
-  if bad is not None:
-    return "diverged", f"{where}; the loss is not finite from step {bad} on"
+  diverged = divergence(run)
+  if diverged is not None:
+    return "diverged", f"{where}; {diverged}"
   if run.last_step >= run.num_steps:
     plural = "" if run.num_steps == 1 else "s"
     return "finished", f"{run.num_steps:,} step{plural}"
@@ -98,6 +99,8 @@ def status(run: RunData) -> tuple[str, str]:
 def facts(run: RunData) -> list[str]:
   """Short facts under the run's name."""
   found = []
+  if (skipped := how_many(run)) is not None:
+    found.append(skipped)
   model = run.record["config"]["model"]
   if run.config is not None and run.loads.size:
     experts = run.config.model.moe

@@ -4,7 +4,8 @@
 import html
 import unicodedata
 
-from moejax.report import headline
+from moejax.metrics import SKIPPED
+from moejax.report import headline, skipped
 from moejax.report.charts import HERO, Chart, percent
 from moejax.report.rundata import RunData
 from moejax.report.sheet import style_sheet
@@ -181,7 +182,22 @@ def _details(run: RunData) -> str:
     for name, version in versions.items()
   )
   packages = folded_table("Versions", "", rows)
-  return f"<h2>Details</h2>{_evaluations(run)}{config}{packages}"
+  return f"<h2>Details</h2>{_evaluations(run)}{_skipped(run)}{config}{packages}"
+
+
+def _skipped(run: RunData) -> str:
+  """Which steps were not taken, why, and of which rows they were."""
+  found = skipped.table(run)
+  if not found:
+    return ""
+  rows = '<tr><th class="number">step</th><th>reason</th><th>rows</th></tr>'
+  for step, reason, said in found:
+    rows += f'<tr><td class="number">{step}</td><td>{escape(reason)}</td>'
+    rows += f'<td class="doc">{escape(said)}</td></tr>'
+  note = f"{len(run.skipped):,}; all rows are in {SKIPPED}"
+  if len(found) < len(run.skipped):
+    note = f"the first {len(found)} of {note}"
+  return folded_table("Skipped steps", note, rows)
 
 
 def _evaluations(run: RunData) -> str:

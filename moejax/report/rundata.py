@@ -55,6 +55,7 @@ class RunData:
     load_steps: steps of `loads`, int [S].
     loads: share of each layer's assignments by expert, [S, L, E]; S may be 0.
     samples: rows with step, prompt, text.
+    skipped: rows with step, reason, rows, of the steps that were not taken.
     goodput: where the time went, as far as it is known.
   """
 
@@ -67,6 +68,7 @@ class RunData:
   load_steps: np.ndarray
   loads: np.ndarray
   samples: list[dict[str, Any]]
+  skipped: list[dict[str, Any]]
   goodput: Goodput | None = None
 
   @property
@@ -124,6 +126,7 @@ def load_run_data(workdir: Path) -> RunData:
     load_steps=load_steps,
     loads=loads,
     samples=[row for row in rows[metrics.SAMPLES] if "text" in row],
+    skipped=rows[metrics.SKIPPED],
     goodput=goodput.of_run(workdir),
   )
 

@@ -114,6 +114,39 @@ def test_copies_of_the_parameters_share_their_moments():
     assert whole / 8 <= share(tree, where) < 1.1 * whole / 8
 
 
+def test_moments_of_muon_lie_where_those_of_adam_do():
+  config, mesh, of_adam = on_mesh()
+  optimizer = dataclasses.replace(config.optimizer, name="muon")
+  config = dataclasses.replace(config, optimizer=optimizer)
+  of_muon = state_shardings(config, build(config.model), mesh)
+  want = {
+    _own_path(path): where
+    for path, where in _leaves(optax.tree.get(of_adam.opt_state, "mu"))
+  }
+  found = [
+    (_own_path(path), where)
+    for path, where in _leaves(of_muon.opt_state)
+    if _own_path(path)
+  ]
+  # One of each matrix that Muon moves, two of all else.
+  counts = {path: [p for p, _ in found].count(path) for path in want}
+  assert set(counts.values()) == {1, 2} and len(found) == sum(counts.values())
+  assert all(n == 1 for path, n in counts.items() if "w_up_EDF" in path)
+  for path, where in found:
+    assert where == want[path], path
+
+
+def _leaves(tree):
+  return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _own_path(path) -> str:
+  """What a moment's path has of its parameter's."""
+  keys = [k.key if hasattr(k, "key") else None for k in path]
+  start = max((i + 1 for i, k in enumerate(keys) if k is None), default=0)
+  return "/".join(keys[start:])
+
+
 def test_a_parameter_that_does_not_divide_is_named():
   with pytest.raises(ConfigError) as caught:
     on_mesh("fsdp4", d_model=30)

@@ -12,6 +12,9 @@ from moejax.goodput import record_launch
 from moejax.metrics import RunLog
 
 STARTED = 1.7636e9
+SOURCE = "<b>texts"
+# Source and row of each row of a skipped batch.
+ROWS = np.array([[0, 7 * i] for i in range(11)] + [[5, 3]])
 
 
 @dataclasses.dataclass
@@ -30,6 +33,8 @@ class Recipe:
   pattern: tuple[str, ...] = ()
   validated: float = 16384.0
   luck: float = 0.0  # of a seed, on the validation loss
+  skipped: dict[int, int] | None = None  # reason by step
+  phased: bool = False
 
   def config(self) -> Config:
     pattern = self.pattern or (
@@ -45,6 +50,7 @@ class Recipe:
         "learning_rate": 0.003,
         "schedule": {"warmup": 0.1, "decay": 0.2},
       },
+      "data": {"sources": (SOURCE,)},
       "train": {"num_steps": self.steps},
     })  # fmt: skip
 
@@ -69,6 +75,8 @@ def write_run(folder: Path, recipe: Recipe) -> Path:
   with RunLog(folder, 0) as log:
     for step in range(1, recipe.done + 1):
       log.step(step, _metrics(recipe, step))
+      if recipe.skipped and step in recipe.skipped:
+        log.skipped(step, recipe.skipped[step], ROWS)
       if recipe.timing:
         log.timing(step, _timing(step))
       if recipe.moe and (step == 1 or step % 5 == 0):
@@ -98,6 +106,11 @@ def _metrics(recipe: Recipe, step: int) -> dict:
     "loss/xent": value, "loss/total": value + 0.01, "loss/z": 30.0 / step,
     "learning_rate": rate, "grad_norm": 3.0 / step, "tokens": 512 * step,
   }  # fmt: skip
+  if recipe.skipped is not None:
+    reason = recipe.skipped[step] if step in recipe.skipped else 0
+    found |= {"skipped": reason, "param_norm": 9.0 + 1 / step}
+  if recipe.phased:
+    found |= {"phase": int(step > 20), "batch_digest": step * 977}
   if recipe.moe:
     found |= {
       "loss/balance": 1 + 1 / step, "loss/router_z": 2.0 + 1 / step,
