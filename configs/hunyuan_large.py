@@ -82,6 +82,7 @@ def get_config(arg=""):
     best=(0.0, 1.0, 0.0),
   )  # fmt: skip
   config.checkpoint.every = 2000
+  config.checkpoint.keep_every = 100_000  # to branch other decays from
   config.eval.every = 2000
 
   if arg == "tiny":

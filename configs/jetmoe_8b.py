@@ -76,6 +76,7 @@ def get_config(arg=""):
   config.train.batch_size = 1024
   config.train.num_steps = 298_024  # 1.25 T tokens
   config.checkpoint.every = 5000
+  config.checkpoint.keep_every = 20_000  # to branch other decays from
   config.eval.every = 5000
 
   if arg == "tiny":

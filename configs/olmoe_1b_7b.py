@@ -69,6 +69,7 @@ def get_config(arg=""):
     {"name": "anneal", "options": annealing(4e-5)},
   )
   config.checkpoint.every = 5000
+  config.checkpoint.keep_every = 5000  # all 244 are published
   config.eval.every = 5000
 
   if arg == "tiny":

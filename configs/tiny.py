@@ -72,6 +72,7 @@ def shrink_training(config):
   config.optimizer.schedule.warmup = 20.0
   config.optimizer.schedule.decay = 0.2
   config.checkpoint.every = 60
+  config.checkpoint.keep_every = 0
   config.eval.every = 60
 
 

@@ -47,11 +47,16 @@ def record_launch(
   path = Path(workdir) / LAUNCHES
   redone, stopped = [], began
   if path.exists():
-    done = _rows(Path(workdir) / TIMING)
+    launches = _rows(path)
+    # Not those of a run that this one was branched off.
+    first = min([row["wall_time"] for row in launches], default=began)
+    done = [
+      row for row in _rows(Path(workdir) / TIMING) if row["wall_time"] >= first
+    ]
     redone = [row["seconds"] for row in done if row["step"] > step]
     stopped = max(
       [row["wall_time"] for row in done[-1:]]
-      + [_first_step(row) for row in _rows(path)[-1:]],
+      + [_first_step(row) for row in launches[-1:]],
       default=began,
     )
   line = encode_line(

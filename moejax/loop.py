@@ -9,7 +9,7 @@ import numpy as np
 
 from moejax import data as data_lib
 from moejax import runs
-from moejax.checkpoint import Checkpointer, Restored
+from moejax.checkpoint import Checkpointer, Restored, processes
 from moejax.config import Config, Phase, phase_at
 from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
@@ -214,6 +214,9 @@ class Loop:
   ) -> None:
     """Says why, and which rows it was; all of them are in a log."""
     reason = int(metrics["skipped"])
+    # Processes that share rows read the same ones.
+    every = dict.fromkeys(map(tuple, processes.from_all(rows).tolist()))
+    rows = np.array(list(every))
     self.log.skipped(step, reason, rows)
     stores = self.stores.of(self.phase).stores
     named = [f"{stores[source].source} row {row}" for source, row in rows[:3]]
@@ -287,10 +290,13 @@ class Loop:
       self.files.publish()
     for problem in failed:
       self.progress.message(f"step {self.step}: {problem}; training goes on")
-    if failed and config.eval.task_errors == "stop":
+    if config.eval.task_errors != "stop":
+      return
+    if due != [VALIDATION] and not processes.all_true(not failed):
       self._save()
       self.checkpoints.wait()
-      raise UserError(f"saved step {self.step}, then stopped: {failed[0]}")
+      why = failed[0] if failed else "a task raised on another process"
+      raise UserError(f"saved step {self.step}, then stopped: {why}")
 
   def _validate(self) -> dict[str, float]:
     """Metrics of the validation rows, and of the averaged weights on them."""

@@ -135,7 +135,7 @@ class RunLog:
     Args:
       step: of the run.
       reason: as `moejax.stability` numbers them.
-      rows: [B, 2] source and row of this process's rows.
+      rows: [B, 2] source and row of each row of the batch.
     """
     self._write(SKIPPED, step, {"reason": reason, "rows": rows})
 

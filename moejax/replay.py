@@ -162,7 +162,10 @@ def _print_rows(
   phase: Phase, state: TrainState, batch: Any, stores: Any, tokenizer: Any
 ) -> None:
   """The loss of each row by itself, and how its text begins."""
-  config, model = phase.config, build(phase.config.model)
+  model = build(phase.config.model)
+  # One row is one microbatch.
+  train = dataclasses.replace(phase.config.train, accumulation_steps=1)
+  config = dataclasses.replace(phase.config, train=train)
 
   @jax.jit
   def loss_of(row):

@@ -20,8 +20,10 @@ FREE_OPTIONS = (
   "checkpoint.", "eval.", "data.num_workers", "data.prefetch_rows",
   "data.store", "data.timeout", "train.accumulation_steps", "model.remat",
   "model.attention", "model.moe.matmul", "model.moe.dispatch",
-  "loss.chunk_size", "parallel.", "train.branch_from",
+  "loss.chunk_size", "parallel.", "train.branch_from", "stability.max_skipped",
 )  # fmt: skip
+# But this drops rows.
+NOT_FREE = "parallel.receive_factor"
 
 
 def refuse_converted(workdir: str | os.PathLike) -> None:
@@ -101,7 +103,8 @@ def branch_point(name: str) -> tuple[str, int]:
   if step is None or step not in steps:
     listed = ", ".join(map(str, steps)) or "none"
     raise CheckpointError(
-      f"train.branch_from={name}: no such checkpoint; there are {listed}"
+      f"train.branch_from={name}: no such checkpoint; there are {listed} "
+      "(checkpoint.keep_every keeps more)"
     )
   if "converted_from" in checkpoints.read_meta(step):
     raise CheckpointError(
@@ -126,7 +129,7 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
   changed = [
     line
     for line in differences(stored.to_dict(), config.to_dict())
-    if not line.startswith(FREE_OPTIONS)
+    if not _is_free(line)
   ]
   later = ("train.num_steps", "train.phases", "optimizer.schedule.")
   for_good = [line for line in changed if not line.startswith(later)]
@@ -148,6 +151,10 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
       )
 
 
+def _is_free(line: str) -> bool:
+  return line.startswith(FREE_OPTIONS) and not line.startswith(NOT_FREE)
+
+
 def _check_phases_done(stored: Config, config: Config, done: int) -> None:
   """Refuses phases that change what was done in the first `done` steps."""
   begun = [
@@ -162,7 +169,8 @@ def _check_phases_done(stored: Config, config: Config, done: int) -> None:
     changed = [
       line
       for line in differences(before.config.to_dict(), now.config.to_dict())
-      if not line.startswith((*FREE_OPTIONS, "train.num_steps", "optimizer."))
+      if not _is_free(line)
+      and not line.startswith(("train.num_steps", "optimizer."))
     ]
     if changed:
       raise CheckpointError(

@@ -28,7 +28,7 @@ class Guard:
   Attributes:
     skipped: int32, steps not taken.
     in_a_row: int32, the last ones of them without a taken one between.
-    taken: int32, steps taken.
+    taken: int32, steps taken since the window began.
     loss_W, norm_W: losses and gradient norms of the last taken steps, a ring;
       None if spikes are not looked for.
   """
@@ -46,6 +46,14 @@ class Guard:
       return cls(zero, zero, zero)
     zeros_W = jnp.zeros(config.window, jnp.float32)
     return cls(zero, zero, zero, zeros_W, zeros_W)
+
+  def anew(self, when: Array) -> Self:
+    """With an empty window where `when` is true.
+
+    Losses and norms of other text or other weights are on another level, and a
+    window of the old one would call every step a spike.
+    """
+    return self.replace(taken=jnp.where(when, 0, self.taken))
 
   def verdict(self, config: StabilityConfig, loss: Array, norm: Array) -> Array:
     """int32: TAKEN, NOT_FINITE or SPIKE.

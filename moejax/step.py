@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moejax import losses, parallel
-from moejax.config import Config
+from moejax.config import Config, phases_of
 from moejax.data import Shards
 from moejax.models import Rows, Transformer, Variables, init_variables
 from moejax.models.placement import TABLE, TOKENS, Axes, OneDevice, Partial
@@ -186,7 +186,7 @@ def make_train_step(
       state.params
     )
     norm, rate = optax.tree.norm(grads), schedule(state.step)
-    loss, guard = metrics["loss/total"], state.guard
+    guard, loss = _guard_of(config, state), _judged(metrics)
     verdict = guard.verdict(config.stability, loss, norm)
 
     def take(state):
@@ -216,6 +216,20 @@ def make_train_step(
     return state, metrics | _of_routers(state, stats)
 
   return train_step
+
+
+def _judged(metrics: dict[str, Array]) -> Array:
+  """The loss by which a step is taken: no spike where loss weights change."""
+  finite = jnp.isfinite(metrics["loss/total"])
+  return jnp.where(finite, metrics["loss/xent"], jnp.nan)
+
+
+def _guard_of(config: Config, state: TrainState) -> Guard:
+  """The state's, with a new window where a phase begins."""
+  starts = [phase.start for phase in phases_of(config)[1:]]
+  if not starts:
+    return state.guard
+  return state.guard.anew(jnp.isin(state.step, np.array(starts)))
 
 
 def _balanced(config: Config, router_state: Any, stats: Any) -> Any:

@@ -262,6 +262,8 @@ def fresh_state(
   if not config.train.init_from:
     return state
   weights = weights_of(config, tokenizer)
+  if config.optimizer.ema:  # of what has been trained so far
+    weights = weights | {"ema": weights["params"]}
   return state.replace(
     **{
       name: jax.device_put(_on_host(tree), getattr(shardings, name))

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time went, with every second in one place."""
 
+import json
+
 import pytest
 
 from moejax import goodput
@@ -57,6 +59,21 @@ def test_lines_of_another_run_before_this_one_do_not_count(tmp_path):
   found = goodput.of_run(tmp_path)
   assert found.redone_steps == 0 and found.total == 10.0
   assert found.parts["training steps"] == 1.25
+
+
+def test_a_branch_has_done_nothing_in_vain_before_it_began(tmp_path):
+  """Lines that it took over are older than its first launch."""
+  timing = [
+    {"step": step, "wall_time": 100.0 + step, "seconds": 1.0}
+    for step in range(1, 41)
+  ] + [{"step": step, "wall_time": 5000.0 + step, "seconds": 2.0}
+       for step in (11, 12, 13)]  # fmt: skip
+  goodput.record_launch(tmp_path, 10, 5000.0, 3.0, 5.0)
+  text = "".join(json.dumps(row) + "\n" for row in timing)
+  (tmp_path / "timing.jsonl").write_text(text)
+  goodput.record_launch(tmp_path, 10, 6000.0, 3.0, 5.0)
+  last = json.loads((tmp_path / "launches.jsonl").read_text().splitlines()[-1])
+  assert last["redone_steps"] == 3 and last["redone"] == 6.0
 
 
 def test_nothing_to_tell_yet(tmp_path):

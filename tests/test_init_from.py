@@ -15,7 +15,9 @@ from moejax.errors import CheckpointError, ConfigError
 from moejax.generate import prompt_tokens
 from moejax.init_from import weights_of
 from moejax.models import Rows, build
-from moejax.train import train
+from moejax.parallel import make_mesh
+from moejax.step import state_shardings
+from moejax.train import fresh_state, train
 from tests.convert import families as hf
 from tests.convert.hub_folder import write
 from tests.fresh_run import fresh_run
@@ -48,6 +50,19 @@ def test_the_model_is_the_same(scan_layers, source_scans, tmp_path):
   got = hidden(ours, weights_of(ours, WORDS))
   want = hidden(theirs, runs.load_run(run).variables)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_begins_with_the_weights(tmp_path):
+  values = config_with()
+  run = fresh_run(tmp_path / "run", Config.from_dict(values))
+  values.train.init_from, values.optimizer.ema = str(run), 0.999
+  values.seed = 7
+  config = Config.from_dict(values)
+  model, mesh = build(config.model), make_mesh(config.parallel)
+  state = fresh_state(
+    config, model, WORDS, state_shardings(config, model, mesh)
+  )
+  jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
 
 
 def test_what_does_not_fit_is_named(tmp_path, capsys):

@@ -28,3 +28,13 @@ def test_an_option_that_is_no_more_is_named():
   meta["config"]["model"]["soft_cap"] = 30.0
   with pytest.raises(ConfigError, match="no option 'model.soft_cap'"):
     check_same_run(Config(), meta)
+
+
+def test_only_what_keeps_the_result_may_change():
+  """Rows beyond receive_factor are dropped; max_skipped only ends a run."""
+  meta = meta_of(Config())
+  split = dataclasses.replace(Config().parallel, receive_factor=1.0)
+  with pytest.raises(CheckpointError, match="parallel.receive_factor: 0.0"):
+    check_same_run(Config(parallel=split), meta)
+  stability = dataclasses.replace(Config().stability, max_skipped=99)
+  check_same_run(Config(stability=stability), meta)

@@ -78,6 +78,28 @@ def test_nan_does_not_poison_the_window():
   assert found[13] == TAKEN and int(guard.in_a_row) == 0
 
 
+def test_a_phase_begins_a_window_anew(place):
+  """Its losses are on another level, and other weights are no spike."""
+  phases = json.dumps([
+    {"name": "a", "steps": 14},
+    {"name": "b", "options": {"loss.load_balance": 50.0, "data.order": 3}},
+  ])  # fmt: skip
+  config = config_of(
+    train__phases=phases, data__sources="text", data__weights="1",
+    stability__spike=6, stability__window=8,
+  )  # fmt: skip
+  assert train(config, "phased", report=False) == 0
+  rows = [json.loads(line) for line in lines(place / "phased")]
+  assert rows[14]["loss/total"] > 5 * rows[13]["loss/total"]
+  assert not any(row["skipped"] for row in rows[14:])
+  stability = StabilityConfig(spike=3.0, window=8)
+  _, guard = verdicts(stability, np.random.default_rng(0).normal(5, 0.1, 20))
+  high, norm = jnp.float32(9), jnp.float32(1)
+  assert guard.verdict(stability, high, norm) == SPIKE
+  assert guard.anew(True).verdict(stability, high, norm) == TAKEN
+  assert guard.anew(False).verdict(stability, high, norm) == SPIKE
+
+
 def test_without_spikes_there_is_no_window():
   found, guard = verdicts(StabilityConfig(), [1.0, 1e30, np.inf, np.nan])
   assert found == [TAKEN, TAKEN, NOT_FINITE, NOT_FINITE]
@@ -209,6 +231,14 @@ def test_replay_shows_the_layer_and_the_row(place, capsys):
       assert float(shown.split()[1]) == pytest.approx(norm, rel=1e-5)
   assert main(["replay", "to_replay", "--step=99"]) == 2
   assert "--step=99 is not in [1, 24]" in capsys.readouterr().err
+
+
+def test_replay_of_microbatches(place, capsys):
+  config = config_of(train__accumulation_steps=2, train__num_steps=16)
+  assert train(config, "microbatches", report=False) == 0
+  assert main(["replay", "microbatches", "--step=7"]) == 0
+  said = capsys.readouterr().out
+  assert said.count(" row ") >= 4 and "gradient norm" in said
 
 
 def test_replay_refuses_a_step_that_the_run_never_came_to(place, capsys):

@@ -51,6 +51,20 @@ def all_true(value: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.int32(value))))
 
 
+def from_all(values: np.ndarray) -> np.ndarray:
+  """Every process's, one after the other; main thread only.
+
+  Args:
+    values: as many on each.
+  """
+  if jax.process_count() == 1:
+    return values
+  from jax.experimental import multihost_utils
+
+  gathered = multihost_utils.process_allgather(values)
+  return np.asarray(gathered).reshape(-1, *values.shape[1:])
+
+
 def barrier(name: str, timeout: float) -> None:
   """Waits so many seconds for all processes.
 

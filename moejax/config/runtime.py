@@ -163,7 +163,9 @@ class EvalConfig:
   every: int = option(500, "steps between evaluations; 0 is never")
   num_batches: int = option(16, "validation batches; fewer if they run out")
   batch_size: int = option(0, "rows per batch; 0 takes train.batch_size")
-  ema: bool = option(False, "evaluate the averaged weights too")
+  ema: bool = option(
+    False, "evaluate the averaged weights on the validation rows too"
+  )
   sets: tuple[EvalSetConfig, ...] = option(
     (), "more to evaluate on, each a dictionary; see docs/recipe.md"
   )
