@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from moejax import goodput, metrics
 from moejax.config import Config
 from moejax.errors import ConfigError, DataError
 from moejax.goodput import Goodput
+
+# Losses on other text, or on other tokens of it, cannot be compared.
+TEXT_OPTIONS = ("sources", "text_key", "tokenizer", "validation_fraction")
+ALIKE = 0.01  # of validated tokens: rows of other lengths end elsewhere
+
+
+def other_text(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+  """`option (theirs, others)` of two configs' data sections, or empty."""
+  for key in TEXT_OPTIONS:
+    # JSON has no tuples.
+    a, b = (tuple(x) if isinstance(x, list) else x
+            for x in (first[key], other[key]))  # fmt: skip
+    if a != b:
+      return f"{key} ({a!r}, {b!r})"
+  return ""
 
 
 @dataclasses.dataclass(frozen=True)

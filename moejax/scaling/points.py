@@ -17,7 +17,12 @@ import numpy as np
 
 from moejax.config import differences
 from moejax.errors import DataError
-from moejax.report.rundata import RunData, load_run_data
+from moejax.report.rundata import (
+  ALIKE,
+  RunData,
+  load_run_data,
+  other_text,
+)
 from moejax.scaling.laws import SIX_ND, ComputeLaw
 from moejax.scaling.sizes import SIZE_OPTIONS
 
@@ -25,9 +30,6 @@ from moejax.scaling.sizes import SIZE_OPTIONS
 COUNTS = {"active": "active_params", "non-embedding": "non_embedding_params"}
 VALIDATION, VALIDATED = "validation/xent", "validation/tokens"
 
-# Losses on other text, or on other tokens of it, have no law in common.
-_SAME = ("sources", "weights", "text_key", "tokenizer", "validation_fraction")
-ALIKE = 0.01  # of validated tokens: rows of other lengths end elsewhere
 # What changes no loss by itself, or is repeated on purpose; what was validated
 # on is compared as tokens.
 _MAY_DIFFER = (
@@ -226,13 +228,14 @@ def _check_comparable(runs: list[RunData]) -> list[str]:
   _check_validated(runs)
   for run in runs[1:]:
     old, new = first.record["config"], run.record["config"]
-    for key in _SAME:
-      if old["data"][key] != new["data"][key]:
-        raise DataError(
-          f"{first.name} and {run.name} differ in data.{key} "
-          f"({old['data'][key]!r}, {new['data'][key]!r}); their losses cannot "
-          "be compared: fit them apart"
-        )
+    differ = other_text(old["data"], new["data"])
+    if not differ and old["data"]["weights"] != new["data"]["weights"]:
+      differ = f"weights ({old['data']['weights']}, {new['data']['weights']})"
+    if differ:
+      raise DataError(
+        f"{first.name} and {run.name} differ in data.{differ}; their losses "
+        "cannot be compared: fit them apart"
+      )
     changed = (line.split(": ")[0] for line in differences(old, new))
     keys |= {
       key

@@ -94,7 +94,8 @@ def final_losses(comparison: Comparison) -> Chart | None:
 
 
 def _label(point: PointResult) -> str:
-  return ", ".join(filter(None, [point.name, point.seeds_found]))
+  name = point.name + "*" * point.looks_ahead
+  return ", ".join(filter(None, [name, point.seeds_found]))
 
 
 def _note_of_seeds(comparison: Comparison) -> str:

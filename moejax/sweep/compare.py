@@ -11,13 +11,20 @@ from moejax.cli import parse_overrides
 from moejax.errors import DataError
 from moejax.generate import can_generate
 from moejax.metrics import METRICS, last_step
-from moejax.report.rundata import RunData, Table, load_run_data
-from moejax.report.series import smooth
+from moejax.report.rundata import (
+  ALIKE,
+  RunData,
+  Table,
+  load_run_data,
+  other_text,
+)
+from moejax.report.series import finite
 from moejax.sweep.spec import PlannedRun, Sweep
 from moejax.sweep.state import RunState, read_state
 
 LOSS = "loss/xent"
-VALIDATION = "validation/xent"
+VALIDATION, VALIDATED = "validation/xent", "validation/tokens"
+SKIPPED = "skipped"
 # Of the routers, as means over the last tenth of a run.
 ROUTER_KEYS = (
   "router/max_over_mean", "router/entropy", "router/experts_per_token",
@@ -47,12 +54,31 @@ class RunResult:
   @property
   def validation_loss(self) -> float:
     """Of the evaluation after the last step; NaN without one."""
+    return self._at_end(VALIDATION)
+
+  @property
+  def validated(self) -> bool:
+    """Whether it was evaluated after its last step, whatever came out."""
+    return np.isfinite(self.validated_tokens)
+
+  @property
+  def validated_tokens(self) -> float:
+    return self._at_end(VALIDATED)
+
+  @property
+  def skipped(self) -> float:
+    """How many of its steps were not taken."""
+    if self.data is None or SKIPPED not in self.data.metrics:
+      return 0.0
+    return float(np.count_nonzero(self.data.metrics[SKIPPED]))
+
+  def _at_end(self, key: str) -> float:
     evaluations = Table.of([]) if self.data is None else self.data.evaluations
-    if VALIDATION not in evaluations:
+    if key not in evaluations:
       return float("nan")
     last = evaluations.steps == self.num_steps
-    losses = evaluations[VALIDATION][last]
-    return float(losses[-1]) if len(losses) else float("nan")
+    values = evaluations[key][last]
+    return float(values[-1]) if len(values) else float("nan")
 
   @property
   def training_loss(self) -> float:
@@ -76,9 +102,10 @@ class RunResult:
     if not self.finished or key not in self.data.metrics:
       return float("nan")
     values = self.data.metrics[key]
+    if SKIPPED in self.data.metrics:  # of steps that were taken
+      values = values[self.data.metrics[SKIPPED] == 0]
     last = values[-max(1, len(values) // 10) :]
-    known = last[np.isfinite(last)]
-    return float(known.mean()) if len(known) else float("nan")
+    return float(last.mean()) if len(last) else float("nan")
 
   def number(self, name: str) -> float:
     """One of the sizes that config.json records."""
@@ -118,6 +145,12 @@ class PointResult:
   def loss(self) -> float:
     """Mean of the final losses; NaN without any."""
     return mean_and_error(np.array(list(self.losses.values())))[0]
+
+  @property
+  def diverged(self) -> bool:
+    """Whether a run has come to its end with a loss that is not finite."""
+    ended = [run for run in self.runs if run.finished]
+    return len(ended) > len(self.losses)
 
   @property
   def seeds_found(self) -> str:
@@ -180,7 +213,24 @@ class Comparison:
 
   def difference(self, point: PointResult) -> tuple[float, float]:
     """Mean and standard error of a point's loss minus the reference's."""
-    return by_seed(point, self.point(self.reference))
+    if self.other(point):
+      return float("nan"), float("nan")
+    return mean_and_error(
+      differences_by_seed(point, self.point(self.reference))
+    )
+
+  def other(self, point: PointResult) -> str:
+    """Why a point's losses cannot be held against the reference's, or empty."""
+    both = self.point(self.reference), point
+    base, own = (
+      dataclasses.asdict(p.runs[0].planned.config.data) for p in both
+    )
+    if differ := other_text(base, own):
+      return f"has another data.{differ}"
+    tokens = [p.mean(lambda run: run.validated_tokens) for p in both]
+    if self.validated and max(tokens) > (1 + ALIKE) * min(tokens):
+      return f"was validated on {tokens[1]:,.0f} tokens, not {tokens[0]:,.0f}"
+    return ""
 
   def placed(self, point: PointResult) -> float:
     """A mean loss to hold against other points', also if seeds are missing.
@@ -197,33 +247,44 @@ class Comparison:
   def steps_to_equal(self, point: PointResult) -> float:
     """After which share of the steps the reference's last loss was reached.
 
-    By running means of the training loss, seed by seed, then the mean; NaN if a
-    seed did not get there.
+    And not left again, by running means of the training loss, seed by seed,
+    then the mean; NaN if a seed did not get there.
     """
+    if self.other(point):
+      return float("nan")
     base = {r.planned.seed: r for r in self.point(self.reference).runs}
     shares = [_share(run, base[run.planned.seed]) for run in point.runs]
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def by_seed(point: PointResult, base: PointResult) -> tuple[float, float]:
-  """Mean and standard error of a point's loss minus another's, by seed.
+def differences_by_seed(point: PointResult, base: PointResult) -> np.ndarray:
+  """A point's loss minus another's, of each seed that both have.
 
-  Of the seeds that both have. Runs of one seed see the same batches, so what
-  the data does to both cancels. The error is NaN of fewer than two seeds.
+  Runs of one seed see the same batches, so what the data does to both cancels.
   """
   both = sorted(set(base.losses) & set(point.losses))
-  return mean_and_error(
-    np.array([point.losses[s] - base.losses[s] for s in both])
-  )
+  return np.array([point.losses[s] - base.losses[s] for s in both])
 
 
 def _share(run: RunResult, base: RunResult) -> float:
-  if not (run.finished and base.finished):
+  """After which share of the reference's steps its last loss was kept up.
+
+  Both losses are means of as many steps, a tenth of the reference's, up to the
+  step in question.
+  """
+  wanted = base.training_loss
+  if not (run.finished and base.finished and np.isfinite(wanted)):
     return float("nan")
-  steps, loss = smooth(run.data.metrics.steps, run.data.metrics[LOSS])
-  _, wanted = smooth(base.data.metrics.steps, base.data.metrics[LOSS])
-  reached = steps[loss <= wanted[-1]]
-  return reached[0] / base.num_steps if len(reached) else float("nan")
+  steps, loss = finite(run.data.metrics.steps, run.data.metrics[LOSS])
+  width = max(1, base.num_steps // 10)
+  if len(loss) < width:
+    return float("nan")
+  means = np.convolve(loss, np.full(width, 1 / width), "valid")
+  above = np.flatnonzero(means > wanted + 1e-6 * abs(wanted))
+  first = above[-1] + 1 if len(above) else 0
+  if first == len(means):
+    return float("nan")
+  return float(steps[width - 1 + first] / base.num_steps)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -263,7 +324,7 @@ def compare(
   if not any(run.data for run in every):
     raise DataError(f"{workdir} has no run with a finished step to compare")
   # One kind of loss for all: a training loss is not to be held against others.
-  validated = all(np.isfinite(r.validation_loss) for r in every if r.finished)
+  validated = all(r.validated for r in every if r.finished)
   return Comparison(
     title=sweep.title,
     points=tuple(

@@ -2,6 +2,7 @@
 """The comparison as one HTML file: no network, sorts by a click."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from moejax.errors import UserError
@@ -46,16 +47,24 @@ def write_page(comparison: Comparison, workdir: Path) -> Path:
 def _facts(comparison: Comparison) -> str:
   runs = [run for point in comparison.points for run in point.runs]
   done = [run for run in runs if run.state.state == DONE]
-  config = runs[0].planned.config
-  tokens = config.train.batch_size * config.data.seq_len
+  configs = [run.planned.config for run in runs]
+  steps = _range([c.train.num_steps for c in configs], "{:,}".format)
+  tokens = _range(
+    [c.train.batch_size * c.data.seq_len for c in configs], format_count
+  )
   seeds = sorted({run.planned.seed for run in runs})
   facts = [
     f"{len(comparison.points)} points, {len(done)} of {len(runs)} runs done",
     f"seeds {', '.join(map(str, seeds))}",
-    f"{config.train.num_steps:,} steps of {format_count(tokens)} tokens",
+    f"{steps} steps of {tokens} tokens",
     f"{format_seconds(sum(run.state.seconds for run in done))} of work",
   ]
   return "".join(f"<span>{escape(fact)}</span>" for fact in facts)
+
+
+def _range(values: list[int], write: Callable[[int], str]) -> str:
+  low, high = min(values), max(values)
+  return write(low) if low == high else f"{write(low)} to {write(high)}"
 
 
 def _table(comparison: Comparison, workdir: Path) -> str:

@@ -18,7 +18,8 @@ from moejax.cli import (
 from moejax.config import Config, set_value
 from moejax.errors import ConfigError
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,99}")
+_OWN_FILES = (".html", ".json", ".jsonl", ".md", ".png", ".txt", ".lock")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +65,28 @@ class Sweep:
         "a sweep's points are a dictionary of dictionaries, "
         '{"name": {"option": value}}, and so is common'
       )
+    whole = isinstance(self.seeds, Sequence) and all(
+      type(seed) is int for seed in self.seeds
+    )
+    if not whole:
+      raise ConfigError(f"seeds={self.seeds!r} are whole numbers: (0, 1, 2)")
     if not self.points or not self.seeds:
       raise ConfigError("a sweep needs at least one point and one seed")
     if any("seed" in values for values in options):
       raise ConfigError("points and common cannot set seed: give seeds")
+    seen: dict[str, str] = {}
     for name in self.points:
-      if not _NAME.fullmatch(name):
+      if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-          f"point {name!r} names a folder: letters, digits and _ . + = - only"
+          f"point {name!r} names a folder: letters, digits and _ . + = - only, "
+          "at most 100"
+        )
+      if name.endswith(_OWN_FILES):
+        raise ConfigError(f"point {name!r} is called as a file of the sweep is")
+      if seen.setdefault(name.lower(), name) != name:
+        raise ConfigError(
+          f"points {seen[name.lower()]!r} and {name!r} are one folder on some "
+          "disks; call one of them otherwise"
         )
     if len(set(self.seeds)) < len(self.seeds):
       raise ConfigError(f"seeds={tuple(self.seeds)} has one of them twice")
@@ -171,6 +186,7 @@ def plan_runs(sweep: Sweep, extra_args: Sequence[str] = ()) -> list[PlannedRun]:
   Raises:
     ConfigError: naming every point that is wrong.
   """
+  _refuse_overrides(sweep, extra_args)
   runs, wrong = [], {}
   for seed, point in itertools.product(sweep.seeds, sweep.points):
     try:
@@ -181,6 +197,18 @@ def plan_runs(sweep: Sweep, extra_args: Sequence[str] = ()) -> list[PlannedRun]:
       wrong[point] = str(e)
   raise_wrong_points(wrong)
   return runs
+
+
+def _refuse_overrides(sweep: Sweep, extra_args: Sequence[str]) -> None:
+  """Of options that points set: all of them would be the same."""
+  for path in parse_overrides(extra_args):
+    setting = [name for name, own in sweep.points.items() if path in own]
+    if setting:
+      more = f" and {len(setting) - 3} more" if len(setting) > 3 else ""
+      raise ConfigError(
+        f"--config.{path} would undo what {', '.join(setting[:3])}{more} set; "
+        "change the sweep file, or leave points out with --points"
+      )
 
 
 def raise_wrong_points(

@@ -7,13 +7,16 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import scipy.stats
+
 from moejax.files import write_atomically
 from moejax.progress import format_count
 from moejax.report.charts import number
 from moejax.sweep.compare import (
   Comparison,
   PointResult,
-  by_seed,
+  differences_by_seed,
   mean_and_error,
 )
 
@@ -43,8 +46,9 @@ def columns(comparison: Comparison) -> list[Column]:
     ),
     Column(
       "steps_to_equal", "equal after", "share of the steps after which the "
-      f"training loss (running mean) was down at {comparison.reference}'s "
-      "last; – where it never was",
+      "training loss (mean of a tenth of the run) stayed at or below "
+      f"{comparison.reference}'s last; – where it did not. That of "
+      f"{comparison.reference} itself shows what noise makes",
       lambda c, p: c.steps_to_equal(p), "{:.0%}".format,
     ),
     Column(
@@ -74,6 +78,10 @@ def columns(comparison: Comparison) -> list[Column]:
       "{:.1%}".format,
     ),
     Column(
+      "skipped", "skipped", "steps that were not taken (docs/recipe.md), mean "
+      "over runs", lambda c, p: p.mean(lambda r: r.skipped), "{:g}".format,
+    ),
+    Column(
       "num_active_params", "active", "parameters that a token uses, at most",
       lambda c, p: p.mean(lambda r: r.number("num_active_params")),
       format_count,
@@ -90,7 +98,7 @@ def _says_something(comparison: Comparison, column: Column) -> bool:
   """No drops in any run, no column of drops."""
   values = [column.value(comparison, point) for point in comparison.points]
   known = [value for value in values if math.isfinite(value)]
-  if column.key in ("router/dropped", "router/unrouted"):
+  if column.key in ("router/dropped", "router/unrouted", "skipped"):
     return any(known)
   return bool(known)
 
@@ -99,11 +107,12 @@ def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
   """A number as written, with its standard error over seeds if it has one."""
   value = column.value(comparison, point)
   itself = point.name == comparison.reference
-  if not math.isfinite(value) or (itself and column.key == "steps_to_equal"):
-    return "–"
+  if not math.isfinite(value):
+    diverged = column.key == "loss" and point.diverged
+    return "not finite" if diverged else "–"
   text = column.write(value)
   if column.key == "loss":
-    _, error = mean_and_error(_array(point.losses.values()))
+    _, error = mean_and_error(np.array(list(point.losses.values())))
   elif column.key == "difference":
     if itself:
       return "0"
@@ -115,18 +124,25 @@ def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
 
 def headline(comparison: Comparison) -> str:
   """Who ends lowest, in as many words as the numbers bear."""
-  best, *others = [point for point in comparison.ranked() if point.losses]
+  # A loss that looks ahead, or is of other text, is lower for free.
+  best, *others = [
+    point
+    for point in comparison.ranked()
+    if point.losses and not point.looks_ahead and not comparison.other(point)
+  ] or comparison.ranked()
   if not others:
     return f"{best.name} ends at {best.loss:.4g}"
   second = others[0]
-  mean, error = by_seed(second, best)
-  if not math.isfinite(mean):
+  found = differences_by_seed(second, best)
+  if not len(found):
     return f"Lowest: {best.name}; no seed in common with {second.name}"
-  if not math.isfinite(error):
+  if len(found) == 1:
     return f"Lowest: {best.name}, in a single seed"
-  if mean <= 2 * error:
+  if not is_above_zero(found):
+    seeds = f"all {len(found)}" if (found > 0).all() else "not all"
     return (
-      f"Lowest: {best.name}, less than two standard errors below {second.name}"
+      f"Lowest: {best.name}, in {seeds} seeds; too few to tell it from "
+      f"{second.name}"
     )
   title = f"{best.name} ends lowest"
   mean, error = comparison.difference(best)
@@ -136,14 +152,30 @@ def headline(comparison: Comparison) -> str:
   return title
 
 
+def is_above_zero(differences: np.ndarray) -> bool:
+  """Whether their mean is, by Student's t: few seeds know little of errors.
+
+  At 95%, two-sided: 12.7 standard errors of two seeds, 4.3 of three.
+  """
+  mean, error = mean_and_error(differences)
+  return mean > scipy.stats.t.ppf(0.975, len(differences) - 1) * error
+
+
 def order_note(comparison: Comparison) -> str:
   """By what rows are sorted, and what that makes of missing seeds."""
   said = f"Sorted by the difference to {comparison.reference}, seed by seed"
   if not comparison.point(comparison.reference).losses:
     said = f"Sorted by final loss, as {comparison.reference} has none"
   if any(point.seeds_found for point in comparison.points):
-    return f"{said}; a final loss is the mean of the seeds there are."
-  return f"{said}."
+    said = f"{said}; a final loss is the mean of the seeds there are"
+  others = [
+    f"{point.name} {why}"
+    for point in comparison.points
+    if (why := comparison.other(point))
+  ]
+  if not others:
+    return f"{said}."
+  return f"{said}. Not compared: {'; '.join(others)}."
 
 
 def as_rows(comparison: Comparison) -> list[list[str]]:
@@ -223,7 +255,10 @@ def _loss_note(comparison: Comparison) -> str:
   what = "validation loss at the end"
   if not comparison.validated:
     what = "training loss, mean of the last tenth"
-  return f"{what}, nats per token; mean and standard error over seeds"
+  return (
+    f"{what}, nats per token; mean and standard error over seeds, of which two "
+    "or three say little"
+  )
 
 
 def _loss(comparison: Comparison, point: PointResult) -> float:
@@ -241,9 +276,3 @@ def _router(key: str, heading: str, note: str, write) -> Column:
     "runs",
     lambda c, p: p.mean(lambda run: run.late(key)), write,
   )  # fmt: skip
-
-
-def _array(values):
-  import numpy as np
-
-  return np.array(list(values))

@@ -47,7 +47,7 @@ def write_run(folder, config, loss, speed, dropped=0.0):
       rate = speed if step > 1 else 1.0  # the first step compiles
       f.write(encode_line(step, {"tokens_per_second": rate}))
   (folder / "eval.jsonl").write_bytes(
-    encode_line(STEPS, {"validation/xent": loss})
+    encode_line(STEPS, {"validation/xent": loss, "validation/tokens": 64.0})
   )
   write_state(folder, RunState(DONE, "", 5.0))
 
@@ -86,7 +86,9 @@ def test_means_and_paired_differences(comparison):
   # `late` has the lowest mean, of an easy seed; by seed it is the worst.
   assert [p.name for p in result.ranked()] == ["better", "base", "late"]
   (best,) = [c for c in make_charts(result) if c.name == "final-loss"]
-  assert best.title == "better ends lowest, 0.117 below base (± 0.0441)"
+  assert best.title == (
+    "Lowest: better, in all 3 seeds; too few to tell it from base"
+  )
   # Seeds differ far more than the routers do, which pairing takes out.
   spread_of_seeds = mean_and_error(np.array(LOSSES["better"]))[1]
   assert result.difference(better)[1] < spread_of_seeds / 3
@@ -177,17 +179,17 @@ def test_without_a_baseline_the_means_are_compared(tmp_path):
 @pytest.mark.parametrize(
   "losses, title",
   [
-    # Differences 0.1 and 0.2, then 0.1 and 0.4: 3 and 1.7 standard errors.
-    ([[2.1, 3.2], [2.0, 3.0]], "b ends lowest, 0.15 below a (± 0.05)"),
-    ([[2.0, 3.0], [2.1, 3.2]], "a ends lowest"),
+    # Of two seeds: 15 standard errors, 3, and one seed the other way.
+    ([[2.14, 3.16], [2.0, 3.0]], "b ends lowest, 0.15 below a (± 0.01)"),
+    ([[2.0, 3.0], [2.14, 3.16]], "a ends lowest"),
     (
-      [[2.1, 3.4], [2.0, 3.0]],
-      "Lowest: b, less than two standard errors below a",
+      [[2.1, 3.2], [2.0, 3.0]],
+      "Lowest: b, in all 2 seeds; too few to tell it from a",
     ),
     # Far below the baseline, but not below the second.
     (
       [[9.0, 9.0], [2.0, 3.0], [2.1, 2.95]],
-      "Lowest: b, less than two standard errors below c",
+      "Lowest: b, in not all seeds; too few to tell it from c",
     ),
     ([[2.1, None], [2.0, None]], "Lowest: b, in a single seed"),
     ([[2.1, 3.1], [None, None]], "a ends at 2.6"),
@@ -197,6 +199,34 @@ def test_the_headline_claims_what_the_numbers_bear(tmp_path, losses, title):
   result = made_up(tmp_path, dict(zip("abc", losses)), (0, 1))
   assert headline(result) == title
   assert chart(result, "final-loss")[1].title == title
+
+
+def test_a_loss_that_is_not_finite_is_nobodys_else(tmp_path):
+  """One run that ends so leaves the others their validation losses."""
+  losses = {"a": [2.0, 3.0], "b": [float("nan"), 3.1]}
+  result = made_up(tmp_path, losses, (0, 1))
+  assert result.validated
+  assert result.point("a").loss == pytest.approx(2.5)
+  rows = {row[0]: row for row in as_rows(result)}
+  assert rows["b"][-1] == "1/2" and result.point("b").diverged
+  result = made_up(tmp_path / "all", {"a": [2.0], "b": [float("nan")]}, (0,))
+  rows = {row[0]: row for row in as_rows(result)}
+  assert rows["b"][1] == "not finite" and rows["a"][1] == "2.0000"
+  assert headline(result) == "a ends at 2"
+
+
+def test_steps_that_were_not_taken_are_a_column(tmp_path):
+  result = made_up(tmp_path, {"a": [2.0], "b": [2.1]}, (0,))
+  assert "skipped" not in as_rows(result)[0]
+  with open(tmp_path / "b" / "seed_0" / "metrics.jsonl", "wb") as f:
+    for step in range(1, STEPS + 1):
+      values = {"loss/xent": 2.0, "skipped": float(step in (5, 7))}
+      f.write(encode_line(step, values))
+  planned = [run.planned for point in result.points for run in point.runs]
+  sweep = Sweep(config="x.py", points={"a": {}, "b": {}}, seeds=(0,))
+  rows = {row[0]: row for row in as_rows(compare(sweep, planned, tmp_path))}
+  place = rows["point"].index("skipped")
+  assert rows["a"][place] == "0" and rows["b"][place] == "2"
 
 
 def test_a_half_done_run_has_no_numbers_beside_the_loss(tmp_path):

@@ -96,11 +96,25 @@ def test_a_grid_loses_no_point(axes):
     ({"a": {}}, {"common": {"seed": 3}}, "cannot set seed: give seeds"),
     ({"a": None}, {}, "are a dictionary of dictionaries"),
     (["a", "b"], {}, "are a dictionary of dictionaries"),
+    ({1: {}}, {}, "point 1 names a folder"),
+    ({"a" * 101: {}}, {}, "at most 100"),
+    ({"index.html": {}}, {}, "is called as a file of the sweep"),
+    ({"a": {}, "A": {}}, {}, "are one folder on some disks"),
+    ({"a": {}}, {"seeds": 3}, "seeds=3 are whole numbers"),
+    ({"a": {}}, {"seeds": (0.5,)}, "are whole numbers"),
   ],
 )
 def test_what_is_no_sweep(tmp_path, points, options, message):
   with pytest.raises(ConfigError, match=message):
     load_sweep(write(tmp_path, points, **options))
+
+
+def test_what_points_set_is_not_overridden(tmp_path):
+  """Else all of them would be one, under their names."""
+  points = {"one": {"optimizer.eps": 1e-8}, "two": {"optimizer.eps": 1e-5}}
+  sweep = load_sweep(write(tmp_path, points | {"plain": {}}))
+  with pytest.raises(ConfigError, match=r"eps would undo what one, two set"):
+    plan_runs(sweep, ["--config.optimizer.eps=1e-6"])
 
 
 def test_wrong_points_are_all_named_at_once(tmp_path):

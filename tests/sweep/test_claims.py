@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a comparison claims, and what it does not compare."""
+
+import numpy as np
+import pytest
+
+from moejax.config import Config
+from moejax.metrics import encode_line
+from moejax.sweep import Sweep
+from moejax.sweep.compare import compare
+from moejax.sweep.spec import PlannedRun
+from moejax.sweep.table import as_markdown, headline, is_above_zero
+from tests.sweep.test_compare import STEPS, write_run
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_chance_wins_in_one_case_of_twenty(seeds):
+  """Two points that are alike, the lower one of which is looked at."""
+  rng = np.random.default_rng(seeds)
+  trials = rng.normal(size=(4000, seeds))
+  named = sum(is_above_zero(np.sign(x.mean()) * x) for x in trials)
+  assert 0.035 < named / len(trials) < 0.065
+
+
+def test_losses_on_other_text_are_not_compared(tmp_path):
+  plain = {"train": {"num_steps": STEPS},
+           "optimizer": {"schedule": {"warmup": 1.0}}}  # fmt: skip
+  configs = {
+    "base": Config.from_dict(plain),
+    "other": Config.from_dict(plain | {"data": {"sources": ("other",)}}),
+    "longer": Config.from_dict(plain),
+  }
+  planned = [PlannedRun(n, 0, config) for n, config in configs.items()]
+  for name, loss in (("base", 2.0), ("other", 1.0), ("longer", 1.5)):
+    write_run(tmp_path / name / "seed_0", configs[name], loss, 100.0)
+  (tmp_path / "longer" / "seed_0" / "eval.jsonl").write_bytes(
+    encode_line(STEPS, {"validation/xent": 1.5, "validation/tokens": 128.0})
+  )
+  sweep = Sweep(config="x.py", points={n: {} for n in configs}, seeds=(0,))
+  result = compare(sweep, planned, tmp_path)
+  assert np.isnan(result.difference(result.point("other"))[0])
+  assert headline(result) == "base ends at 2"
+  assert result.ranked()[0].name == "base"
+  said = as_markdown(result)
+  assert "other has another data.sources" in said
+  assert "longer was validated on 128 tokens, not 64" in said
+
+
+def losses_of(place, base, other):
+  """A comparison of two training losses, [S] each."""
+  config = Config.from_dict({
+    "train": {"num_steps": len(base)},
+    "optimizer": {"schedule": {"warmup": 1.0}},
+  })  # fmt: skip
+  for name, values in (("base", base), ("other", other)):
+    write_run(place / name / "seed_0", config, 2.0, 100.0)
+    with open(place / name / "seed_0" / "metrics.jsonl", "wb") as f:
+      for step, loss in enumerate(values, 1):
+        f.write(encode_line(step, {"loss/xent": loss}))
+  sweep = Sweep(config="x.py", points={"base": {}, "other": {}}, seeds=(0,))
+  planned = [PlannedRun(name, 0, config) for name in ("base", "other")]
+  return compare(sweep, planned, place)
+
+
+def test_equal_after_the_last_step_above(tmp_path):
+  """By a loop over running means of a tenth of the run."""
+  steps = np.arange(1, 201)
+  base, other = 2 + 50 / steps, 1.8 + 50 / steps
+  other[100:120] += 1.0  # a bump, after which it is down again
+  result = losses_of(tmp_path, base, other)
+  wanted, first = base[-20:].mean(), None
+  for step in range(20, 201):
+    if other[step - 20 : step].mean() <= wanted:
+      first = first or step
+    else:
+      first = None
+  assert first > 120
+  assert result.steps_to_equal(result.point("other")) == first / 200
+  assert result.steps_to_equal(result.point("base")) == 1.0
+  worse = losses_of(tmp_path / "worse", base, base + 0.1)
+  assert np.isnan(worse.steps_to_equal(worse.point("other")))
