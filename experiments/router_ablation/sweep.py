@@ -15,7 +15,8 @@ def get_sweep():
     "noisy_top_k": "noisy_top_k(k=2)",
     "expert_choice": "expert_choice(k=2, group_size=256)",
     "loss_free": "loss_free(k=2, bias_rate=0.01)",
-    "group_limited": "group_limited(k=2, num_groups=4, topk_groups=2, bias_rate=0.01)",
+    "group_limited": "group_limited(k=2, num_groups=4, topk_groups=2, "
+    "bias_rate=0.01)",
     "hash_tokens": "hash_tokens(k=2)",
     "random_choice": "random_choice(k=2)",
     "sinkhorn": "sinkhorn(k=2, group_size=256)",
