@@ -30,7 +30,8 @@ def get_sweep(arg=""):
     "one": {"model.moe.router": "top_k(k=1)"},
   }
   if arg:
-    points["odd"] = {"model.moe.router": f"odd.{arg}(k=1)"}
+    router = arg if "(" in arg else f"odd.{arg}(k=1)"
+    points["odd"] = {"model.moe.router": router}
   return Sweep(
     config="config.py", points=points,
     common={"train.num_steps": 20, "eval.sample_tokens": 0},
@@ -306,9 +307,10 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
     (["--config.data.seq_len=64"], "two, one: no token store"),
     (["--sweep=sweep.py:beyond"], "odd: model.moe.router: odd has no router"),
     (
-      ["--config.model.moe.router=switch(group_size=24)"],
+      ["--sweep=sweep.py:switch(group_size=24)"],
       "of 32 tokens are not groups of 24",
     ),
+    (["--config.model.moe.router=top_k(k=3)"], "would undo what two, one set"),
     (["--config.seed=5"], "give --seeds"),
     (["--jobs=0"], "--jobs=0 must be at least 1"),
     (["--slurm"], "there is no sbatch on this machine"),
@@ -318,8 +320,8 @@ def test_as_an_array_of_jobs(place, finished, tmp_path):
       "sweep: unknown argument '--dryrun'; did you mean --dry-run",
     ),
     (["--nonsense"], "sweep: unknown argument '--nonsense'"),
-    (["--dry-run", "--config.model.moe.router=top_k(kk=1)"], "no option kk"),
-    (["--slurm", "--config.model.moe.router=top_k(kk=1)"], "no option kk"),
+    (["--dry-run", "--sweep=sweep.py:top_k(kk=1)"], "no option kk"),
+    (["--slurm", "--sweep=sweep.py:top_k(kk=1)"], "no option kk"),
     (
       ["--sweep=sweep.py:slipping"],
       "raised AttributeError: 'list' object has no attribute 'tokens'",
