@@ -55,7 +55,9 @@ def make_charts(comparison: Comparison) -> list[Chart]:
 
 def final_losses(comparison: Comparison) -> Chart | None:
   """One line a point, one dot a seed, the mean as a bar; best on top."""
-  points = [p for p in comparison.ranked() if p.losses]
+  points = [
+    p for p in comparison.ranked() if p.losses and not comparison.other(p)
+  ]
   if not points:
     return None
   base = comparison.point(comparison.reference).loss
@@ -138,7 +140,7 @@ def differences(comparison: Comparison) -> Chart | None:
   }
   curves = {}
   for point in comparison.points:
-    if point.name == comparison.reference:
+    if point.name == comparison.reference or comparison.other(point):
       continue
     pairs = [
       _difference(run, base[run.planned.seed])
@@ -159,9 +161,10 @@ def differences(comparison: Comparison) -> Chart | None:
     reference_line(ax, 0.0, comparison.reference, left=True)
     _name_ends(ax, comparison, curves, narrow)
 
+  unit = "batch" if comparison.same_batches else "step"
   return Chart(
     "difference", f"The same, as the difference to {comparison.reference}",
-    "Training loss minus that of the same batch and seed, running mean; the "
+    f"Training loss minus that of the same {unit} and seed, running mean; the "
     "band is the range over seeds. Below zero is better.", draw, (FULL, 400),
     (348, 300),
   )  # fmt: skip

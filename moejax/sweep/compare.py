@@ -18,7 +18,6 @@ from moejax.report.rundata import (
   load_run_data,
   other_text,
 )
-from moejax.report.series import finite
 from moejax.sweep.spec import PlannedRun, Sweep
 from moejax.sweep.state import RunState, read_state
 
@@ -68,9 +67,7 @@ class RunResult:
   @property
   def skipped(self) -> float:
     """How many of its steps were not taken."""
-    if self.data is None or SKIPPED not in self.data.metrics:
-      return 0.0
-    return float(np.count_nonzero(self.data.metrics[SKIPPED]))
+    return 0.0 if self.data is None else float(np.sum(~self.taken))
 
   def _at_end(self, key: str) -> float:
     evaluations = Table.of([]) if self.data is None else self.data.evaluations
@@ -102,10 +99,17 @@ class RunResult:
     if not self.finished or key not in self.data.metrics:
       return float("nan")
     values = self.data.metrics[key]
-    if SKIPPED in self.data.metrics:  # of steps that were taken
-      values = values[self.data.metrics[SKIPPED] == 0]
-    last = values[-max(1, len(values) // 10) :]
-    return float(last.mean()) if len(last) else float("nan")
+    last = slice(-max(1, len(values) // 10), None)
+    taken = values[last][self.taken[last]]
+    return float(taken.mean()) if len(taken) else float("nan")
+
+  @property
+  def taken(self) -> np.ndarray:
+    """Which of its steps were taken, bool [steps]."""
+    metrics = self.data.metrics
+    if SKIPPED not in metrics:
+      return np.ones(len(metrics), bool)
+    return metrics[SKIPPED] == 0
 
   def number(self, name: str) -> float:
     """One of the sizes that config.json records."""
@@ -200,20 +204,21 @@ class Comparison:
     """Best first: by the difference to the reference, seed by seed.
 
     Then points that have no seed in common with it, by their mean loss, then
-    those without a loss.
+    those without a loss, or with one that is not finite.
     """
 
     def key(point: PointResult) -> tuple[int, float]:
       difference, _ = self.difference(point)
       if np.isfinite(difference):
         return 0, difference
-      return (1, point.loss) if np.isfinite(point.loss) else (2, 0.0)
+      lost = point.diverged or not np.isfinite(point.loss)
+      return (2, 0.0) if lost else (1, point.loss)
 
     return sorted(self.points, key=key)
 
   def difference(self, point: PointResult) -> tuple[float, float]:
     """Mean and standard error of a point's loss minus the reference's."""
-    if self.other(point):
+    if self.other(point) or point.diverged:
       return float("nan"), float("nan")
     return mean_and_error(
       differences_by_seed(point, self.point(self.reference))
@@ -227,10 +232,23 @@ class Comparison:
     )
     if differ := other_text(base, own):
       return f"has another data.{differ}"
+    if not self.validated and base["weights"] != own["weights"]:
+      return "has other data.weights, and losses are of training"
     tokens = [p.mean(lambda run: run.validated_tokens) for p in both]
     if self.validated and max(tokens) > (1 + ALIKE) * min(tokens):
       return f"was validated on {tokens[1]:,.0f} tokens, not {tokens[0]:,.0f}"
     return ""
+
+  @property
+  def same_batches(self) -> bool:
+    """Whether runs of one seed see the same batches at all points."""
+    configs = [p.runs[0].planned.config for p in self.points]
+    shapes = {
+      (c.train.batch_size, c.train.phases, c.data.seq_len, c.data.weights,
+       c.data.order)
+      for c in configs
+    }  # fmt: skip
+    return len(shapes) == 1 and not any(map(self.other, self.points))
 
   def placed(self, point: PointResult) -> float:
     """A mean loss to hold against other points', also if seeds are missing.
@@ -242,6 +260,8 @@ class Comparison:
     base = self.point(self.reference).loss
     if not np.isfinite(base):
       return point.loss
+    if point.name == self.reference:
+      return base
     return base + self.difference(point)[0]
 
   def steps_to_equal(self, point: PointResult) -> float:
@@ -272,19 +292,26 @@ def _share(run: RunResult, base: RunResult) -> float:
   Both losses are means of as many steps, a tenth of the reference's, up to the
   step in question.
   """
-  wanted = base.training_loss
-  if not (run.finished and base.finished and np.isfinite(wanted)):
+  if not (run.finished and base.finished):
     return float("nan")
-  steps, loss = finite(run.data.metrics.steps, run.data.metrics[LOSS])
   width = max(1, base.num_steps // 10)
-  if len(loss) < width:
+  steps, means = _running_means(run, width)
+  _, wanted = _running_means(base, width)
+  if not (len(means) and len(wanted)):
     return float("nan")
-  means = np.convolve(loss, np.full(width, 1 / width), "valid")
-  above = np.flatnonzero(means > wanted + 1e-6 * abs(wanted))
+  above = np.flatnonzero(means > wanted[-1] + 1e-6 * abs(wanted[-1]))
   first = above[-1] + 1 if len(above) else 0
-  if first == len(means):
-    return float("nan")
-  return float(steps[width - 1 + first] / base.num_steps)
+  return float("nan") if first == len(means) else steps[first] / base.num_steps
+
+
+def _running_means(run: RunResult, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """Last steps and means of the training loss over `width` taken steps."""
+  steps = run.data.metrics.steps[run.taken]
+  loss = run.data.metrics[LOSS][run.taken]
+  if len(loss) < width:
+    return steps[:0], loss[:0]
+  means = np.convolve(loss, np.full(width, 1 / width), "valid")
+  return steps[width - 1 :], means
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

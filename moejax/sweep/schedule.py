@@ -14,6 +14,7 @@ from moejax.sweep.spec import PlannedRun
 from moejax.sweep.state import (
   DONE,
   FAILED,
+  HELD,
   WAITING,
   RunState,
   read_state,
@@ -83,6 +84,9 @@ def _record(
   if state.state == WAITING:
     step = last_step(workdir / run.name / METRICS)
     say(f"{run.name}: stopped at {step}/{run.config.train.num_steps}, saved")
+    return
+  if state.state == HELD:
+    say(f"{run.name}: another process trains it; left alone")
     return
   if state.router_files is None:  # its process died: what it began with
     files = read_state(workdir / run.name).router_files

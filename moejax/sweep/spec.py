@@ -19,7 +19,11 @@ from moejax.config import Config, set_value
 from moejax.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]{0,99}")
-_OWN_FILES = (".html", ".json", ".jsonl", ".md", ".png", ".txt", ".lock")
+# Files of the sweep's own folder, on disks that tell no capitals either.
+_OWN_FILES = re.compile(
+  r"index\.html|comparison\.(md|json)|array\.sbatch|.*\.png|slurm-.*\.log",
+  re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Sweep:
           f"point {name!r} names a folder: letters, digits and _ . + = - only, "
           "at most 100"
         )
-      if name.endswith(_OWN_FILES):
+      if _OWN_FILES.fullmatch(name):
         raise ConfigError(f"point {name!r} is called as a file of the sweep is")
       if seen.setdefault(name.lower(), name) != name:
         raise ConfigError(
@@ -206,8 +210,8 @@ def _refuse_overrides(sweep: Sweep, extra_args: Sequence[str]) -> None:
     if setting:
       more = f" and {len(setting) - 3} more" if len(setting) > 3 else ""
       raise ConfigError(
-        f"--config.{path} would undo what {', '.join(setting[:3])}{more} set; "
-        "change the sweep file, or leave points out with --points"
+        f"--config.{path} would undo what {', '.join(setting[:3])}{more} set: "
+        "change the sweep file"
       )
 
 

@@ -21,6 +21,8 @@ FILE = "sweep_state.json"
 
 # What a run can be in; WAITING and RUNNING ones have no file that says so.
 DONE, FAILED, WAITING = "done", "failed", "waiting"
+# Another process trains it: that one says how it ends.
+HELD = "held"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RunState:
   """What is known of a run.
 
   Attributes:
-    state: done, failed or waiting (not started, or killed on the way).
+    state: done, failed, waiting (not started, or killed on the way) or held.
     message: why it failed, one line.
     seconds: wall time of the last attempt.
     router_files: SHA-256 by module, from `sources.router_files`; None where an
@@ -88,11 +90,11 @@ def how_far(workdir: Path, run: PlannedRun) -> str:
   step = last_step(workdir / run.name / METRICS)
   if state != WAITING or not step:
     return state
-  verb = "at work," if _is_held(workdir / run.name) else "stopped at"
+  verb = "at work," if is_held(workdir / run.name) else "stopped at"
   return f"{verb} {step}/{run.config.train.num_steps}"
 
 
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
   """Whether a process trains in it, as far as can be told from its lock."""
   try:
     holder = json.loads((folder / LOCK_FILE).read_text())

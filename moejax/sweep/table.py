@@ -41,8 +41,9 @@ def columns(comparison: Comparison) -> list[Column]:
            "{:.4f}".format),
     Column(
       "difference", f"against {comparison.reference}",
-      f"final loss minus that of {comparison.reference}, mean over seeds; runs "
-      "of one seed see the same batches", _difference, "{:+.4f}".format,
+      f"final loss minus that of {comparison.reference}, mean over seeds"
+      + "; runs of one seed see the same batches" * comparison.same_batches,
+      _difference, "{:+.4f}".format,
     ),
     Column(
       "steps_to_equal", "equal after", "share of the steps after which the "
@@ -107,9 +108,10 @@ def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
   """A number as written, with its standard error over seeds if it has one."""
   value = column.value(comparison, point)
   itself = point.name == comparison.reference
+  if column.key == "loss" and point.diverged:
+    return "not finite"
   if not math.isfinite(value):
-    diverged = column.key == "loss" and point.diverged
-    return "not finite" if diverged else "–"
+    return "–"
   text = column.write(value)
   if column.key == "loss":
     _, error = mean_and_error(np.array(list(point.losses.values())))
@@ -125,11 +127,15 @@ def cell(comparison: Comparison, column: Column, point: PointResult) -> str:
 def headline(comparison: Comparison) -> str:
   """Who ends lowest, in as many words as the numbers bear."""
   # A loss that looks ahead, or is of other text, is lower for free.
-  best, *others = [
+  fair = [
     point
     for point in comparison.ranked()
-    if point.losses and not point.looks_ahead and not comparison.other(point)
-  ] or comparison.ranked()
+    if point.losses
+    and not (point.looks_ahead or point.diverged or comparison.other(point))
+  ]
+  if not fair:
+    return "No point whose loss can be held against others"
+  best, *others = fair
   if not others:
     return f"{best.name} ends at {best.loss:.4g}"
   second = others[0]
@@ -139,10 +145,10 @@ def headline(comparison: Comparison) -> str:
   if len(found) == 1:
     return f"Lowest: {best.name}, in a single seed"
   if not is_above_zero(found):
-    seeds = f"all {len(found)}" if (found > 0).all() else "not all"
+    every = "both seeds" if len(found) == 2 else f"all {len(found)} seeds"
+    where = f"in {every}" if (found > 0).all() else "not in every seed"
     return (
-      f"Lowest: {best.name}, in {seeds} seeds; too few to tell it from "
-      f"{second.name}"
+      f"Lowest: {best.name}, {where}; too few to tell it from {second.name}"
     )
   title = f"{best.name} ends lowest"
   mean, error = comparison.difference(best)

@@ -16,13 +16,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from moejax.errors import UserError
+from moejax.runlock import RunLockError
 from moejax.sweep.sources import router_files
 from moejax.sweep.spec import PlannedRun
 from moejax.sweep.state import (
   DONE,
   FAILED,
+  HELD,
   WAITING,
   RunState,
+  is_held,
   write_state,
 )
 
@@ -135,7 +138,7 @@ def _main(connection: Connection, workdir: Path, place: dict[str, str]) -> None:
     try:
       connection.send(state)
     except OSError:  # the sweep was killed: nobody else will write it down
-      if state.state != WAITING:
+      if state.state not in (WAITING, HELD):
         write_state(workdir / run.name, state)
       return
 
@@ -144,6 +147,8 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
   """Trains one run; what it prints goes to its own log."""
   from moejax.train import train
 
+  if is_held(folder):
+    return RunState(HELD)
   folder.mkdir(parents=True, exist_ok=True)
   start = time.monotonic()
   state, message = DONE, ""
@@ -161,6 +166,9 @@ def _attempt(run: PlannedRun, folder: Path) -> RunState:
       # A page takes seconds; `moejax report` draws those that are wanted.
       if train(run.config, folder, report=False):
         state = WAITING
+    except RunLockError as e:
+      state, message = HELD if is_held(folder) else FAILED, str(e)
+      print(message, flush=True)
     except UserError as e:
       state, message = FAILED, str(e)
       print(message, flush=True)

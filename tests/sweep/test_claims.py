@@ -62,6 +62,37 @@ def losses_of(place, base, other):
   return compare(sweep, planned, place)
 
 
+def test_a_skipped_spike_is_no_loss(tmp_path):
+  """At the baseline's end, where its own steps are held against it."""
+  base = 2 + 50 / np.arange(1, 201)
+  base[195] = 1e6
+  losses_of(tmp_path, base, base)
+  for name in ("base", "other"):
+    with open(tmp_path / name / "seed_0" / "metrics.jsonl", "wb") as f:
+      for step, loss in enumerate(base, 1):
+        skipped = float(loss > 1e5)
+        f.write(encode_line(step, {"loss/xent": loss, "skipped": skipped}))
+  config = Config.from_dict({
+    "train": {"num_steps": 200}, "optimizer": {"schedule": {"warmup": 1.0}},
+  })  # fmt: skip
+  sweep = Sweep(config="x.py", points={"base": {}, "other": {}}, seeds=(0,))
+  planned = [PlannedRun(name, 0, config) for name in ("base", "other")]
+  result = compare(sweep, planned, tmp_path)
+  assert result.steps_to_equal(result.point("base")) == 1.0
+
+
+def test_a_little_worse_is_rarely_equal(tmp_path):
+  """0.01 nats in noise of 0.02, as in runs of this size."""
+  rng = np.random.default_rng(0)
+  reached = 0
+  for trial in range(40):
+    base = 2 + 50 / np.arange(1, 201) + rng.normal(0, 0.02, 200)
+    other = base + 0.01 + rng.normal(0, 0.02, 200)
+    result = losses_of(tmp_path / str(trial), base, other)
+    reached += np.isfinite(result.steps_to_equal(result.point("other")))
+  assert reached <= 6
+
+
 def test_equal_after_the_last_step_above(tmp_path):
   """By a loop over running means of a tenth of the run."""
   steps = np.arange(1, 201)

@@ -266,6 +266,17 @@ def test_a_run_that_fails_does_not_keep_the_others(place, router, message):
   assert again.stdout.count(": done in ") == 1  # only what had failed
 
 
+def test_a_run_that_another_trains_is_left_alone(place):
+  """Nor is it called failed: the other says how it ends."""
+  folder = place / "shared" / "two" / "seed_0"
+  folder.mkdir(parents=True)
+  with RunLock(folder):
+    done = sweep(place, "shared", "--points=two", "--seeds=0")
+  assert done.returncode  # and there is nothing to compare
+  assert "two/seed_0: another process trains it; left alone" in done.stdout
+  assert not (folder / "sweep_state.json").exists()
+
+
 @pytest.mark.slow
 def test_as_an_array_of_jobs(place, finished, tmp_path):
   """An sbatch that runs the script's tasks here, one by one."""

@@ -184,12 +184,12 @@ def test_without_a_baseline_the_means_are_compared(tmp_path):
     ([[2.0, 3.0], [2.14, 3.16]], "a ends lowest"),
     (
       [[2.1, 3.2], [2.0, 3.0]],
-      "Lowest: b, in all 2 seeds; too few to tell it from a",
+      "Lowest: b, in both seeds; too few to tell it from a",
     ),
     # Far below the baseline, but not below the second.
     (
       [[9.0, 9.0], [2.0, 3.0], [2.1, 2.95]],
-      "Lowest: b, in not all seeds; too few to tell it from c",
+      "Lowest: b, not in every seed; too few to tell it from c",
     ),
     ([[2.1, None], [2.0, None]], "Lowest: b, in a single seed"),
     ([[2.1, 3.1], [None, None]], "a ends at 2.6"),
@@ -208,7 +208,9 @@ def test_a_loss_that_is_not_finite_is_nobodys_else(tmp_path):
   assert result.validated
   assert result.point("a").loss == pytest.approx(2.5)
   rows = {row[0]: row for row in as_rows(result)}
-  assert rows["b"][-1] == "1/2" and result.point("b").diverged
+  assert rows["b"][-1] == "1/2" and rows["b"][1] == "not finite"
+  assert headline(result) == "a ends at 2.5"
+  assert [point.name for point in result.ranked()] == ["a", "b"]
   result = made_up(tmp_path / "all", {"a": [2.0], "b": [float("nan")]}, (0,))
   rows = {row[0]: row for row in as_rows(result)}
   assert rows["b"][1] == "not finite" and rows["a"][1] == "2.0000"
@@ -225,6 +227,12 @@ def test_steps_that_were_not_taken_are_a_column(tmp_path):
   planned = [run.planned for point in result.points for run in point.runs]
   sweep = Sweep(config="x.py", points={"a": {}, "b": {}}, seeds=(0,))
   rows = {row[0]: row for row in as_rows(compare(sweep, planned, tmp_path))}
+  with open(tmp_path / "b" / "seed_0" / "metrics.jsonl", "wb") as f:
+    for step in range(1, STEPS + 1):
+      values = {"loss/xent": 2.0, "skipped": float(step > STEPS - 4)}
+      f.write(encode_line(step, values))
+  (run,) = compare(sweep, planned, tmp_path).point("b").runs
+  assert run.skipped == 4 and np.isnan(run.training_loss)
   place = rows["point"].index("skipped")
   assert rows["a"][place] == "0" and rows["b"][place] == "2"
 
@@ -321,6 +329,12 @@ def test_a_router_that_looks_ahead_is_marked(comparison, tmp_path):
   assert as_rows(found)[1][0] == "ahead*"
   assert "looks at later tokens" in as_markdown(found)
   assert "looks at later tokens" in write_page(found, tmp_path).read_text()
+  assert headline(found) == "No point whose loss can be held against others"
+  both = Sweep(config="x.py", points={"ahead": {}, "plain": {}}, seeds=(0,))
+  plain = Config.from_dict(config.to_dict() | {"model": {}})
+  write_run(tmp_path / "plain" / "seed_0", plain, 2.0, 9.0)
+  planned = [PlannedRun("ahead", 0, config), PlannedRun("plain", 0, plain)]
+  assert headline(compare(both, planned, tmp_path)) == "plain ends at 2"
   assert "later tokens" not in as_markdown(result)
 
 

@@ -68,6 +68,8 @@ def test_a_grid_is_all_combinations():
   ]  # fmt: skip
   assert grid({"model.pattern": [("moa/moe",)]}).keys() == {"pattern=moa-moe"}
   assert Sweep(config="x.py", points=points)
+  files = grid({"data.tokenizer": ["a.json", "b.json"]})
+  assert Sweep(config="x.py", points=files)
   assert list(grid({"optimizer.x": [-1, 1]})) == ["x=-1", "x=1"]
 
 
@@ -99,6 +101,7 @@ def test_a_grid_loses_no_point(axes):
     ({1: {}}, {}, "point 1 names a folder"),
     ({"a" * 101: {}}, {}, "at most 100"),
     ({"index.html": {}}, {}, "is called as a file of the sweep"),
+    ({"Slurm-1_0.log": {}}, {}, "is called as a file of the sweep"),
     ({"a": {}, "A": {}}, {}, "are one folder on some disks"),
     ({"a": {}}, {"seeds": 3}, "seeds=3 are whole numbers"),
     ({"a": {}}, {"seeds": (0.5,)}, "are whole numbers"),
