@@ -72,6 +72,14 @@ def _start_again(words):
   pathlib.Path("second.json").write_text(json.dumps(found))
 
 
+def _raise_on(process):
+  """On one process of a run alone."""
+  import jax
+
+  if jax.process_index() == int(process):
+    raise ValueError("it cannot be evaluated")
+
+
 def _jump(days):
   """Python's clock is wrong from now on; no save goes on meanwhile."""
   time.sleep(2)
@@ -90,6 +98,7 @@ ACTIONS = {
   "limit_memory": _limit_memory,
   "start_again": _start_again,
   "jump": _jump,
+  "raise_on": _raise_on,
   "move": _move,
   "remove": shutil.rmtree,
   "exit": lambda status: sys.exit(int(status)),
