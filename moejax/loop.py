@@ -123,7 +123,7 @@ class Loop:
         rows = np.stack([batch["source"], batch["row"]], axis=1)
         self.pending = (self.step, metrics, rows)
         self._after_step()
-        if guard.should_stop(self.step):
+        if self._should_stop(guard):
           return True
       # What is logged of the last step is of this phase.
       self._log_pending()
@@ -142,7 +142,18 @@ class Loop:
     if self.step % config.checkpoint.every == 0:
       self._log_pending()
       self._save()
-    self.checkpoints.check()
+
+  def _should_stop(self, guard: PreemptionGuard) -> bool:
+    """After a signal, or a save that failed in the background.
+
+    One of several processes may know of it a step before the others, who would
+    wait for it in the next: all stop at one step, and wait for the save there.
+    """
+    if jax.process_count() == 1:
+      self.checkpoints.check()
+    elif self.checkpoints.has_failed():
+      guard.request()
+    return guard.should_stop(self.step)
 
   def _log_pending(self) -> None:
     """Fetches and logs the step before, while the device works."""

@@ -312,6 +312,12 @@ class PreemptionGuard:
 
     return multihost_utils.reached_preemption_sync_point(step)
 
+  def request(self) -> None:
+    """Asks all processes to stop, as a signal to this one does."""
+    if not self.requested and _jax_watches_sigterm():
+      os.kill(os.getpid(), signal.SIGTERM)  # how the others hear of it
+    self._requested.set()
+
   def __enter__(self) -> Self:
     if threading.current_thread() is not threading.main_thread():
       logger.warning(
@@ -338,9 +344,7 @@ class PreemptionGuard:
     if not self.requested:
       again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
       _say(f"{name}: saving after this step, then stopping{again}")
-    self._requested.set()
-    if number == signal.SIGINT and _jax_watches_sigterm():
-      os.kill(os.getpid(), signal.SIGTERM)  # how the other processes hear of it
+    self.request()
 
 
 def _jax_watches_sigterm() -> bool:

@@ -134,11 +134,15 @@ class Checkpointer(CheckpointReader):
     Takes microseconds; meant for every step. Saving may go on after it, unless
     it is a StuckError.
     """
-    if self._thread is not None and self._seconds_left() <= 0:
-      self._wait_or_give_up()
-    if self._error is not None:
+    if self.has_failed():
       error, self._error = self._error, None
       raise error
+
+  def has_failed(self) -> bool:
+    """Whether `check` has an error to raise; raises StuckError itself."""
+    if self._thread is not None and self._seconds_left() <= 0:
+      self._wait_or_give_up()
+    return self._error is not None
 
   def wait(self) -> None:
     """Waits for the running save; raises as `check` does."""

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import runs
-from moejax.checkpoint import CheckpointReader
-from moejax.config import Config, ModelConfig, differences
+from moejax.checkpoint import CheckpointReader, LeafReader
+from moejax.config import Config, ModelConfig, config_after, differences
 from moejax.convert import hub_files
 from moejax.convert.from_hf import read_tokenizer
 from moejax.convert.hub_export import architecture
@@ -53,14 +53,17 @@ def check(
   """
   hub, run = _sort(Path(first), Path(second))
   family, theirs = read_hub_config(hub)
-  config = runs.read_config(run)
+  # Of the newest that is whole: what the export took, too.
+  checkpoints = CheckpointReader(runs.checkpoint_folder(run))
+  step, _, leaves = checkpoints.open_leaves(ITEMS, step)
+  config = config_after(runs.read_config(run), step)
   lines = differences(_plain(config.model), _plain(theirs), "model.")
   findings = [Finding("config", not lines, "; ".join(lines) or "same model")]
   if lines:
     return findings
   words = runs.read_tokenizer(run)
   findings.append(_check_tokenizer(hub, words))
-  findings.append(_check_tensors(hub, run, family, config, step))
+  findings.append(_check_tensors(hub, leaves, family, config))
   if not findings[-1].same:
     return findings
   return [*findings, _check_logits(hub, run, family, config, words, step)]
@@ -94,10 +97,10 @@ def _check_tokenizer(hub: Path, words: Tokenizer) -> Finding:
   return Finding("tokenizer", same, text)
 
 
-def _check_tensors(hub, run, family: Family, config, step) -> Finding:
+def _check_tensors(
+  hub: Path, leaves: LeafReader, family: Family, config: Config
+) -> Finding:
   """Equal bytes, or the largest error where the dtype was changed."""
-  checkpoints = CheckpointReader(runs.checkpoint_folder(run))
-  _, _, leaves = checkpoints.open_leaves(ITEMS, step)
   equal, cast, worst = 0, 0, (0.0, "")
   with hub_files.open_tensors(hub) as tensors:
     rules = matching_rules(family, config.model, tensors)

@@ -87,6 +87,12 @@ def _jump(days):
   time.time = lambda: right() + float(days) * 86400
 
 
+def _remove(folder):
+  """While a save may be making files in it."""
+  while pathlib.Path(folder).exists():
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def _move(words):
   source, target = words.split()
   shutil.move(source, target)
@@ -100,6 +106,6 @@ ACTIONS = {
   "jump": _jump,
   "raise_on": _raise_on,
   "move": _move,
-  "remove": shutil.rmtree,
+  "remove": _remove,
   "exit": lambda status: sys.exit(int(status)),
 }
