@@ -20,10 +20,11 @@ unexport PYTHONPATH
 unexport PYTHONHOME
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install install-hf test test-fast test-grid lint format constraints clean
+.PHONY: help quickstart install install-hf install-storage test test-fast \
+  test-grid lint format constraints clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' \
 	  Makefile
 
 quickstart: $(VENV)/.installed  ## install, train the tiny model, let it write
@@ -36,6 +37,11 @@ install: $(VENV)/.installed-dev  ## moejax, editable, with the tools of a develo
 
 install-hf: $(VENV)/.installed-dev  ## torch and transformers, for the tests behind [hf]
 	@$(PIP) -c constraints.txt -e '.[dev,hf]'
+
+# Emulators of both, which pyproject.toml has no extra for.
+install-storage: $(VENV)/.installed-dev  ## emulators, for the tests of gs:// and s3://
+	@$(PIP) -c constraints.txt -e '.[dev,gcs,s3]' gcp-storage-emulator \
+	  'moto[server]'
 
 test: $(VENV)/.installed-dev  ## all tests; ARGS="-k routing" narrows them
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
@@ -57,10 +63,12 @@ format: $(VENV)/.installed-dev  ## ruff: fix and format
 
 # One file for all Pythons, by markers; names no host. Needs uv.
 constraints:  ## pin the newest versions that pyproject.toml allows
-	@printf 'transformers>=5,<6\ntiktoken>=0.12,<1\n' | uv pip compile pyproject.toml - --universal \
+	@printf '%s\n' 'transformers>=5,<6' 'tiktoken>=0.12,<1' \
+	  'gcp-storage-emulator>=2026.7' 'moto[server]>=5.2,<6' | \
+	  uv pip compile pyproject.toml - --universal \
 	  --python-version 3.11 --upgrade --no-header --no-annotate --quiet \
 	  --extra dev --extra eval --extra notebooks --extra parquet \
-	  --output-file constraints.txt
+	  --extra gcs --extra s3 --output-file constraints.txt
 
 clean:  ## remove environments and caches; runs/ and token_store/ stay
 	@rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache \

@@ -36,6 +36,8 @@ COMMANDS = {
   ),
   "data": ("moejax.data.command", "prepare token stores, train a tokenizer"),
 }
+# Of these, the same command goes on where it was stopped.
+RESUMING = ("train", "sweep", "convert")
 
 
 def usage() -> str:
@@ -85,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     if debug:
       raise
     print(
-      f"moejax {argv[0]}: no more memory on this host; what is saved is whole, "
-      "the same command goes on from it",
+      f"moejax {argv[0]}: no more memory on this host; what is saved is whole"
+      + ", and the same command goes on from it" * (argv[0] in RESUMING),
       file=sys.stderr,
     )
     _end_now()

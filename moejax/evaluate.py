@@ -2,6 +2,7 @@
 """Loss on text that was not trained on."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,9 +41,11 @@ def evaluate(
     `validation/bits_per_byte`, `validation/tokens`, the routers' metrics and,
     of several sources, `validation/sources/NAME/xent` and `.../bits_per_byte`.
   """
-  batches = validation_batches(config, model, stores, config.eval.num_batches)
-  names = source_names(config)
-  values = evaluate_batches(config, model, variables, batches, tokenizer, names)
+  names, count = source_names(config), config.eval.num_batches
+  with validation_batches(config, model, stores, count) as batches:
+    values = evaluate_batches(
+      config, model, variables, batches, tokenizer, names
+    )
   return {f"validation/{key}": value for key, value in values.items()}
 
 
@@ -58,7 +61,7 @@ def validation_batches(
   stores: Any,
   num_batches: int,
   split: str = "validation",
-) -> Any:
+) -> data_lib.BatchIterator:
   """The first `num_batches` validation batches, in microbatches of own rows.
 
   Which rows these are does not depend on `train.accumulation_steps`.
@@ -186,9 +189,10 @@ def main(argv: list[str]) -> int:
       config, run.model, stores, args.num_batches or config.eval.num_batches
     )
     names = source_names(config)
-  values = evaluate_batches(
-    config, run.model, run.variables, _shown(batches), run.tokenizer, names
-  )
+  with contextlib.closing(batches):
+    values = evaluate_batches(
+      config, run.model, run.variables, _shown(batches), run.tokenizer, names
+    )
   name = ", ".join(args.data) if args.data else "validation"
   if args.json:
     print(json.dumps({"step": run.step, "data": name, **values}))

@@ -77,10 +77,11 @@ class HeldOut:
       config = run.config
       stores = self._stores[name, config.data.seq_len]
       count = self._sets[name].num_batches or config.eval.num_batches
-      batches = validation_batches(config, run.model, stores, count, "train")
-      values = evaluate_batches(
-        config, run.model, run.variables, batches, self._tokenizer
-      )
+      rows = validation_batches(config, run.model, stores, count, "train")
+      with rows as batches:
+        values = evaluate_batches(
+          config, run.model, run.variables, batches, self._tokenizer
+        )
     return {f"validation/{name}/{key}": value for key, value in values.items()}
 
 

@@ -32,7 +32,7 @@ def require(*packages):
   """Skips the test where a package is not installed."""
   for package in packages:
     if importlib.util.find_spec(package) is None:
-      pytest.skip("needs gcsfs and gcp-storage-emulator: pip install both")
+      pytest.skip("needs gcsfs and gcp-storage-emulator: make install-storage")
 
 
 class Bucket:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows as arrays, and the batches of them that come from readers."""
 
+import atexit
 import weakref
 from concurrent import futures
 from typing import Any, Self
@@ -65,8 +66,12 @@ class BatchIterator:
     self._stores = stores
     self._split = split
     self._timeout = timeout
-    # Also at the end of the program: readers left open hang or complain then.
-    self._close = weakref.finalize(self, _close, self._held)
+    # Not by a finalizer: Python may collect this in the midst of its own work
+    # on threads, whose locks waiting for a thread would need.
+    _unclosed.add(self)
+    # Anew, to run before what libraries have registered meanwhile.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
 
   def __iter__(self) -> Self:
     return self
@@ -106,7 +111,10 @@ class BatchIterator:
 
   def close(self) -> None:
     """Ends reader threads and processes."""
-    self._close()
+    while self._held:
+      iterator, thread = self._held.pop()
+      thread.shutdown()
+      iterator.close()
 
   def __enter__(self) -> Self:
     return self
@@ -115,8 +123,10 @@ class BatchIterator:
     self.close()
 
 
-def _close(held: list[Any]) -> None:
-  while held:
-    iterator, thread = held.pop()
-    thread.shutdown()
-    iterator.close()
+_unclosed: weakref.WeakSet[BatchIterator] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+  """Readers left open hang or complain at the end of the program."""
+  for batches in list(_unclosed):
+    batches.close()

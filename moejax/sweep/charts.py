@@ -90,30 +90,43 @@ def final_losses(comparison: Comparison) -> Chart | None:
   return Chart(
     "final-loss", headline(comparison), f"Final {what} loss: a dot for each "
     "seed, a bar at their mean; the dashed line is "
-    f"{comparison.reference}.{_note_of_seeds(comparison)}", draw,
+    f"{comparison.reference}.{_marks(comparison)}", draw,
     (HALF, height), (348, height),
   )  # fmt: skip
 
 
 def _label(point: PointResult) -> str:
-  name = point.name + "*" * point.looks_ahead
-  return ", ".join(filter(None, [name, point.seeds_found]))
+  return ", ".join(filter(None, [_starred(point), point.seeds_found]))
 
 
-def _note_of_seeds(comparison: Comparison) -> str:
-  """What a hollow mark is; empty without one."""
-  if not any(p.losses and p.seeds_found for p in comparison.points):
+def _starred(point: PointResult) -> str:
+  return point.name + "*" * point.looks_ahead
+
+
+def _marks(comparison: Comparison) -> str:
+  """What a hollow mark and a star are; empty without them."""
+  base, said = comparison.reference, _star(comparison)
+  if any(p.losses and p.seeds_found for p in comparison.points):
+    said += (
+      f" Hollow: seeds are missing; the mean is then that of {base} plus the "
+      f"difference to {base} in the seeds there are."
+    )
+  return said
+
+
+def _star(comparison: Comparison) -> str:
+  if not any(point.looks_ahead for point in comparison.points):
     return ""
-  base = comparison.reference
-  return (
-    f" Hollow: seeds are missing; the mean is then that of {base} plus the "
-    f"difference to {base} in the seeds there are."
-  )
+  return " A star: its router looks at later tokens."
 
 
 def loss_curves(comparison: Comparison) -> Chart | None:
-  """Training loss of all points, seeds as bands."""
-  curves = {p.name: _bands(p, LOSS) for p in comparison.points}
+  """Training loss of all points on the same text, seeds as bands."""
+  curves = {
+    p.name: _bands(p, LOSS)
+    for p in comparison.points
+    if not comparison.other(p)
+  }
   curves = {name: found for name, found in curves.items() if found}
   if not curves:
     return None
@@ -129,7 +142,8 @@ def loss_curves(comparison: Comparison) -> Chart | None:
   return Chart(
     "loss-curves", "How the training loss falls",
     "Cross entropy, running mean; the band is the range over seeds. Pointing "
-    "at a row of the table picks out its curve.", draw, (FULL, 470), (348, 320),
+    f"at a row of the table picks out its curve.{_star(comparison)}", draw,
+    (FULL, 470), (348, 320),
   )  # fmt: skip
 
 
@@ -165,8 +179,8 @@ def differences(comparison: Comparison) -> Chart | None:
   return Chart(
     "difference", f"The same, as the difference to {comparison.reference}",
     f"Training loss minus that of the same {unit} and seed, running mean; the "
-    "band is the range over seeds. Below zero is better.", draw, (FULL, 400),
-    (348, 300),
+    f"band is the range over seeds. Below zero is better.{_star(comparison)}",
+    draw, (FULL, 400), (348, 300),
   )  # fmt: skip
 
 
@@ -199,7 +213,7 @@ def loss_and_speed(comparison: Comparison) -> Chart | None:
   return Chart(
     "loss-speed", "Loss against speed", "Best is right and below. Speed is the "
     "median step's; runs that were at work at once share the machine."
-    f"{_note_of_seeds(comparison)}", draw,
+    f"{_marks(comparison)}", draw,
     (HALF, max(216, 70 + 26 * len(found))), (348, 320),
   )  # fmt: skip
 
@@ -293,7 +307,8 @@ def _name_ends(
   for name, place in zip(order, places):
     colour, _ = _look(comparison, name)
     ax.annotate(
-      name, (1.0, place), (8, 0), xycoords=("axes fraction", "data"),
+      _starred(comparison.point(name)), (1.0, place), (8, 0),
+      xycoords=("axes fraction", "data"),
       textcoords="offset points", va="center", color=colour, fontsize=10,
       annotation_clip=False, gid=f"name-{name}",
     )  # fmt: skip

@@ -2,12 +2,14 @@
 """Batches: a function of seed and step, whoever reads them and however."""
 
 import dataclasses
+import gc
 import itertools
 import pickle
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -258,6 +260,24 @@ def test_closing_ends_the_readers(made):
     time.sleep(0.01)
   with pytest.raises(ValueError, match="closed"):
     next(batches)
+
+
+def test_what_is_collected_waits_for_no_thread(made, monkeypatch):
+  """Python collects also while it holds the locks that a wait would need."""
+  waits = []
+  monkeypatch.setattr(threading.Thread, "join", lambda *_: waits.append(1))
+  before = set(threading.enumerate())
+  batches = validation_batches(made[1], B)
+  next(batches)
+  batches.itself = batches  # only the collector frees it
+  freed = weakref.ref(batches)
+  del batches
+  gc.collect()
+  assert freed() is None and not waits
+  deadline = time.monotonic() + 10
+  while set(threading.enumerate()) - before:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

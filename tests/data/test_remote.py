@@ -22,7 +22,7 @@ BUCKET = "s3://moejax-test"
 def s3():
   for package in ("s3fs", "moto"):
     if importlib.util.find_spec(package) is None:
-      pytest.skip("needs s3fs and moto: pip install s3fs 'moto[server]'")
+      pytest.skip("needs s3fs and moto: make install-storage")
   with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
     port = s.getsockname()[1]

@@ -10,7 +10,7 @@ from moejax.sweep import Sweep
 from moejax.sweep.compare import compare
 from moejax.sweep.spec import PlannedRun
 from moejax.sweep.table import as_markdown, headline, is_above_zero
-from tests.sweep.test_compare import STEPS, write_run
+from tests.sweep.test_compare import STEPS, chart, write_run
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
@@ -44,6 +44,28 @@ def test_losses_on_other_text_are_not_compared(tmp_path):
   said = as_markdown(result)
   assert "other has another data.sources" in said
   assert "longer was validated on 128 tokens, not 64" in said
+  axes, _ = chart(result, "loss-curves")
+  assert [line.get_gid() for line in axes.lines] == ["curve-base"]
+
+
+def test_a_look_ahead_is_starred_in_pictures_too(tmp_path):
+  plain = {"train": {"num_steps": STEPS},
+           "optimizer": {"schedule": {"warmup": 1.0}}}  # fmt: skip
+  routers = {"fair": "top_k(k=2)", "ahead": "expert_choice(k=2, group_size=16)"}
+  configs = {
+    name: Config.from_dict(plain | {"model": {"moe": {"router": router}}})
+    for name, router in routers.items()
+  }
+  for name, loss in (("fair", 2.0), ("ahead", 1.0)):
+    write_run(tmp_path / name / "seed_0", configs[name], loss, 100.0)
+  sweep = Sweep(config="x.py", points={n: {} for n in configs}, seeds=(0,))
+  planned = [PlannedRun(n, 0, config) for n, config in configs.items()]
+  result = compare(sweep, planned, tmp_path)
+  for name in ("loss-curves", "difference", "loss-speed", "final-loss"):
+    axes, found = chart(result, name)
+    said = {text.get_text() for text in (*axes.texts, *axes.get_yticklabels())}
+    assert "ahead*" in said and "ahead" not in said
+    assert "A star: its router looks at later tokens." in found.note
 
 
 def losses_of(place, base, other):
