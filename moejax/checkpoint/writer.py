@@ -8,7 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from concurrent import futures
+from typing import Any, Self, TypeVar
 
 from etils import epath
 
@@ -20,6 +21,7 @@ from moejax.errors import CheckpointError, StuckError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 THREAD = "moejax-checkpoint"
 # One file for each process, with the digests of its share of a step's files.
 DIGESTS = "digests.{}.json"
@@ -114,10 +116,15 @@ class Checkpointer(CheckpointReader):
         "from that, or use another workdir"
       )
     needed = leaves.num_bytes(state)
-    self._begin(step, text, needed)
     self._saving = step, time.monotonic()
+    self._begin(step, text, needed)
+    folder = self._folder(step) / ARRAYS
     try:
-      saving = arrays.Saving(self._folder(step) / ARRAYS, state, self._timeout)
+      saving = self._in_time(
+        lambda: arrays.Saving(folder, state, self._timeout)
+      )
+    except StuckError:
+      raise
     except Exception as e:
       raise self._failed(step, needed, e) from e
     self._thread = threading.Thread(
@@ -157,12 +164,11 @@ class Checkpointer(CheckpointReader):
     thread, self._thread = self._thread, None
     thread.join(max(self._seconds_left(), 0))
     if thread.is_alive():
-      newest = self.latest()
       raise StuckError(
         f"saving step {self._saving[0]} to {self.directory} has not ended "
         f"after {self._timeout:g} s (checkpoint.timeout): look at its disk, "
-        "and at the memory that is left; the same command goes on from "
-        + ("the beginning" if newest is None else f"step {newest}")
+        "and at the memory that is left; the same command goes on from the "
+        "newest checkpoint"
       )
 
   def close(self) -> None:
@@ -184,14 +190,35 @@ class Checkpointer(CheckpointReader):
         raise
       logger.error("%s", e)  # the error on its way is the one to report
 
+  def _in_time(self, work: Callable[[], T]) -> T:
+    """What `work` returns or raises; StuckError if the disk hangs in it."""
+    done: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+      try:
+        done.set_result(work())
+      except BaseException as e:
+        done.set_exception(e)
+
+    self._thread = threading.Thread(target=run, name=THREAD, daemon=True)
+    self._thread.start()
+    self._wait_or_give_up()
+    return done.result()
+
   def _begin(self, step: int, meta: str, needed: int) -> None:
     """Makes the step's folder with all but the arrays."""
+
+    def write() -> None:
+      self._make_room(step)
+      layout.begin(self._folder(step))
+      files.write_text(self._folder(step) / META, meta)
+
     failure: Exception | None = None
     try:
       if processes.is_first():
-        self._make_room(step)
-        layout.begin(self._folder(step))
-        files.write_text(self._folder(step) / META, meta)
+        self._in_time(write)
+    except StuckError:
+      raise
     except Exception as e:
       failure = e
     if not processes.all_true(failure is None):
