@@ -90,7 +90,7 @@ class CheckpointConfig:
   )
   timeout: int = option(
     1200,
-    "seconds that a save in the background may take; then the run ends with "
+    "seconds that a save may take; then the run ends with "
     "one line, and goes on from the checkpoint before",
   )
 
