@@ -201,12 +201,17 @@ def can_generate(config: ModelConfig) -> bool:
   return not routed or is_causal(resolve(config.moe.router_spec))
 
 
+def require_generator(config: ModelConfig) -> None:
+  """Refuses a model that cannot write, as a router looks at later tokens."""
+  if not can_generate(config):
+    raise ConfigError(
+      f"router {config.moe.router!r} looks at later tokens and cannot generate"
+    )
+
+
 def _check(model, prompts, max_new_tokens) -> None:
   cfg = model.config
-  if not can_generate(cfg):
-    raise ConfigError(
-      f"router {cfg.moe.router!r} looks at later tokens and cannot generate"
-    )
+  require_generator(cfg)
   if not prompts or not all(len(p) for p in prompts):
     raise ConfigError("an empty prompt; give at least one token")
   if max_new_tokens < 1:
@@ -242,6 +247,7 @@ def main(argv: list[str]) -> int:
     raise ConfigError(f"--seed={args.seed} is not in [0, 2**31)")
   run = load_run(args.workdir, args.step, ema=args.ema)
   prompts = args.prompt or [""]
+  require_generator(run.config.model)
   print(f"[{args.workdir}, step {run.step}]", file=sys.stderr)
   stream = _Stream(run.tokenizer, prompts) if len(prompts) == 1 else None
   texts = generate(

@@ -324,7 +324,13 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def last_step(path: str | os.PathLike) -> int:
-  """The step of a log's last whole line, of a run that may be going on; or 0.
+  """The step of a log's last whole line, or 0."""
+  row = last_row(path)
+  return 0 if row is None else row["step"]
+
+
+def last_row(path: str | os.PathLike) -> dict[str, Any] | None:
+  """A log's last whole line, of a run that may be going on.
 
   Reads the end of the file only.
   """
@@ -333,11 +339,11 @@ def last_step(path: str | os.PathLike) -> int:
       f.seek(max(0, os.fstat(f.fileno()).st_size - MAX_LINE))
       lines = f.read().split(b"\n")
   except FileNotFoundError:
-    return 0
+    return None
   except OSError as e:
     raise DataError(f"cannot read {path}: {e.strerror}") from e
   rows = (_decode(line) for line in reversed(lines[:-1]))
-  return next((row["step"] for row in rows if row is not None), 0)
+  return next((row for row in rows if row is not None), None)
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:

@@ -38,8 +38,11 @@ def shown_routers(count: int, one: int | None = None) -> np.ndarray:
 def co_activation_chart(result: CoActivation) -> Chart:
   """Heat maps of the experts with the highest scores."""
   chance = float(np.nanmean(result.chance_L))
-  # Of a router that chose no expert all are NaN.
-  router = int(np.nan_to_num(result.share_LEE).max((1, 2)).argmax())
+  closest = map(strongest_pair, result.share_LEE, result.count_LE)
+  router, pair = max(
+    ((i, found) for i, found in enumerate(closest) if found is not None),
+    key=lambda found: found[1].excess,
+  )
   shown = shown_routers(len(result.routers), router)
   panels = [strongest(result.share_LEE[i]) for i in shown]
   high = max(
@@ -58,21 +61,31 @@ def co_activation_chart(result: CoActivation) -> Chart:
       ax.set_xlabel("expert j", labelpad=2)
     axes[0].set_ylabel("expert i", labelpad=2)
 
-  share_EE = result.share_LEE[router]
-  i, j = strongest_pair(share_EE)
   title = (
-    f"The closest pair is in {result.routers[router]}: expert {j} has "
-    f"{percent(share_EE[i, j])} of expert {i}'s tokens too"
+    f"The closest pair is in {result.routers[router]}: expert {pair.j} has "
+    f"{percent(pair.share)} of expert {pair.i}'s tokens too, and "
+    f"{percent(pair.others)} of the other experts'"
   )
   note = (
     "Co-activation: of the tokens that expert i (row) gets, the share that "
     "expert j (column) gets as well. Experts chosen independently of one "
     f"another are at {_chance_of_pairs(result)}, the middle of the scale: blue "
-    "pairs avoid each other, orange ones work together."
+    "pairs avoid each other, orange ones work together; a column that is "
+    "orange from top to bottom is a busy expert. White: an expert with itself, "
+    f"or rows of experts without a token.{_of_layers(result.routers, shown)}"
   )
   if result.share_LEE.shape[-1] > MAX_EXPERTS:
     note += f" The {MAX_EXPERTS} experts with the strongest pairs."
   return Chart("co_activation", title, note, draw, (FULL, 430), (348, 980))
+
+
+def _of_layers(routers: Sequence[str], shown: np.ndarray) -> str:
+  """Says that there are more of them than a picture has."""
+  if len(shown) == len(routers):
+    return ""
+  return (
+    f" Shown are {len(shown)} of {len(routers)} routers; the tables have all."
+  )
 
 
 def _chance_of_pairs(result: CoActivation) -> str:
@@ -132,6 +145,7 @@ def domain_chart(result: DomainSpecialisation) -> Chart:
       "black mark, its own mean over domains; a bar that is as high in each "
       "row is load."
     )
+  note += _of_layers(result.routers, shown)
   return Chart(
     "domains", _domain_title(result, u, i, e), note, draw,
     (FULL, 84 + 105 * U), (348, 100 + 92 * U * len(shown)),
@@ -224,8 +238,8 @@ def load_chart(result: Load) -> Chart:
     step = -(-L // (18 if L > 18 else L))
     ax.set_yticks(np.arange(0, L, step), result.routers[::step])
     bar = _bar(figure, image, [ax], narrow)
-    bar.set_ticks(range(-3, 4), labels=["1/8", "1/4", "1/2", "1", "2×", "4×",
-                                        "8×"])  # fmt: skip
+    bar.set_ticks(range(-3, 4), labels=["≤ 1/8", "1/4", "1/2", "1", "2×", "4×",
+                                        "≥ 8×"])  # fmt: skip
     bar.set_label("load ÷ fair share")
 
   router, e = np.unravel_index(load_LE.argmax(), load_LE.shape)
@@ -240,6 +254,15 @@ def load_chart(result: Load) -> Chart:
     f"{result.steps_M[-1]:,}. Even routing is light everywhere (1); orange "
     "experts are busier, blue ones idler."
   )
+  dead = [
+    f"{e} of {name}"
+    for name, load_E in zip(result.routers, load_LE)
+    if load_E.any()
+    for e in np.flatnonzero(load_E == 0)
+  ]
+  if dead:
+    more = f" and {len(dead) - 6} more" if len(dead) > 6 else ""
+    note += f" Without any token: expert {', '.join(dead[:6])}{more}."
   if idle := [n for n, x in zip(result.routers, load_LE.any(1)) if not x]:
     note += f" No token went to any expert of {', '.join(idle)}."
   height = 110 + max(60, min(18, max(10, 400 // L)) * L)
@@ -280,7 +303,7 @@ def similarity_map_chart(result: Similarity) -> Chart:
   note = (
     "Mean cosine between two experts' outputs for the same tokens. 1 would be "
     "the same expert twice; unrelated experts are at 0, the middle of the "
-    "scale."
+    f"scale.{_of_layers(result.routers, shown)}"
   )
   return Chart("similarity_map", title, note, draw, (FULL, 430), (348, 980))
 

@@ -262,12 +262,42 @@ def entropy(surveys: Sequence[Survey]) -> Entropy:
   return Entropy(last.routers, steps_M, np.stack(share))
 
 
-def strongest_pair(share_EE: np.ndarray) -> tuple[int, int] | None:
-  """Experts i, j of the highest share; None if no expert was ever chosen."""
+@dataclasses.dataclass(frozen=True)
+class Pair:
+  """Experts i, j of a router that are chosen together beyond their loads.
+
+  Attributes:
+    i, j: the experts.
+    share: of i's tokens, that j gets too.
+    others: of the other experts' tokens, that j gets too: a busy expert is in
+      all company.
+  """
+
+  i: int
+  j: int
+  share: float
+  others: float
+
+  @property
+  def excess(self) -> float:
+    return self.share - self.others
+
+
+def strongest_pair(share_EE: np.ndarray, count_E: np.ndarray) -> Pair | None:
+  """The pair of the highest excess; None if no expert was ever chosen.
+
+  Experts of less than a twentieth of the mean count tell too little.
+  """
   if np.isnan(share_EE).all():
     return None
-  i, j = np.unravel_index(np.nanargmax(share_EE), share_EE.shape)
-  return int(i), int(j)
+  together_EE = np.nan_to_num(share_EE) * count_E[:, None]
+  left_EE = count_E.sum() - count_E[:, None] - count_E
+  others_EE = _ratio(together_EE.sum(0) - together_EE, left_EE)
+  others_EE = np.nan_to_num(others_EE)
+  excess_EE = np.where(np.isnan(share_EE), -np.inf, share_EE - others_EE)
+  excess_EE[count_E < count_E.mean() / 20] = -np.inf
+  i, j = np.unravel_index(excess_EE.argmax(), excess_EE.shape)
+  return Pair(int(i), int(j), float(share_EE[i, j]), float(others_EE[i, j]))
 
 
 def idle_routers(survey: Survey) -> list[str]:

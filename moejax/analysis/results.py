@@ -116,11 +116,14 @@ def _(result: measures.Saturation):
 @summary.register
 def _(result: measures.CoActivation):
   strongest = []
-  for share_EE in result.share_LEE:
-    pair = measures.strongest_pair(share_EE)
-    i, j = pair or (None, None)
-    share = share_EE[pair] if pair else None
-    strongest.append({"expert": i, "other": j, "share": share})
+  for share_EE, count_E in zip(result.share_LEE, result.count_LE):
+    pair = measures.strongest_pair(share_EE, count_E)
+    strongest.append(
+      dict.fromkeys(("expert", "other", "share", "others_share"))
+      if pair is None
+      else {"expert": pair.i, "other": pair.j, "share": pair.share,
+            "others_share": pair.others}
+    )  # fmt: skip
   return {"strongest_pair": strongest, "chance": result.chance_L}
 
 

@@ -236,7 +236,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
   add("--points", metavar="A,B,...", help="only these of the file's")
   add("--dry-run", action="store_true", help="list the runs, or print the "
       "Slurm script, and do nothing")  # fmt: skip
-  add("--compare", action="store_true", help="only compare what there is")
+  add(
+    "--compare",
+    action="store_true",
+    help="only compare what there "
+    "is; the exit code is 1 while runs are missing",
+  )
   add("--slurm", action="store_true", help="print the script of a Slurm job "
       "array, one task a run, and submit it")  # fmt: skip
   add("--slurm-options", metavar="'--A=B ...'", default="",

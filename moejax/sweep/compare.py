@@ -67,7 +67,7 @@ class RunResult:
   @property
   def skipped(self) -> float:
     """How many of its steps were not taken."""
-    return 0.0 if self.data is None else float(np.sum(~self.taken))
+    return float("nan") if self.data is None else float(np.sum(~self.taken))
 
   def _at_end(self, key: str) -> float:
     evaluations = Table.of([]) if self.data is None else self.data.evaluations
@@ -184,6 +184,7 @@ class Comparison:
     reference: name of the point that others are compared with.
     options: what each point sets.
     common: what all of them set, the command line's options included.
+    config: file of the config that they set it in.
   """
 
   title: str
@@ -191,6 +192,7 @@ class Comparison:
   reference: str
   options: dict[str, dict[str, object]]
   common: dict[str, object]
+  config: str
 
   @property
   def validated(self) -> bool:
@@ -223,6 +225,11 @@ class Comparison:
     return mean_and_error(
       differences_by_seed(point, self.point(self.reference))
     )
+
+  def why_left_out(self, point: PointResult) -> str:
+    """Why a point is not ranked beside the others, or empty."""
+    lost = "ended with a loss that is not finite"
+    return self.other(point) or lost * point.diverged
 
   def other(self, point: PointResult) -> str:
     """Why a point's losses cannot be held against the reference's, or empty."""
@@ -360,4 +367,5 @@ def compare(
     reference=sweep.reference,
     options={n: dict(options) for n, options in sweep.points.items()},
     common={**sweep.common, **parse_overrides(extra_args)},
+    config=sweep.config,
   )

@@ -53,8 +53,11 @@ def _facts(comparison: Comparison) -> str:
     [c.train.batch_size * c.data.seq_len for c in configs], format_count
   )
   seeds = sorted({run.planned.seed for run in runs})
+  lost = sum(len(p.runs) - len(p.losses) for p in comparison.points
+             if p.diverged)  # fmt: skip
   facts = [
-    f"{len(comparison.points)} points, {len(done)} of {len(runs)} runs done",
+    f"{len(comparison.points)} points, {len(done)} of {len(runs)} runs done"
+    + f", {lost} with a loss that is not finite" * (lost > 0),
     f"seeds {', '.join(map(str, seeds))}",
     f"{steps} steps of {tokens} tokens",
     f"{format_seconds(sum(run.state.seconds for run in done))} of work",
@@ -81,7 +84,8 @@ def _table(comparison: Comparison, workdir: Path) -> str:
     f"<li><b>{escape(c.heading)}</b>: {escape(c.explanation)}</li>"
     for c in shown
   )
-  star = f'<p class="note">{escape(footnote(comparison))}</p>'
+  note = escape(footnote(comparison))
+  star = f'<p class="note">{note}</p>' if note else ""
   return (
     '<section class="card compared"><div class="scroll"><table id="points">'
     f'<thead><tr><th tabindex="0">point</th>{heads}<th class="number" '
@@ -151,8 +155,10 @@ def _options(comparison: Comparison) -> str:
     f"<tr><td>{escape(name)}</td><td>{listed(options)}</td></tr>"
     for name, options in comparison.options.items()
   )
+  every = f"<code>{escape(comparison.config)}</code>"
   if comparison.common:
-    rows += f"<tr><td>all</td><td>{listed(comparison.common)}</td></tr>"
+    every += f"<br>{listed(comparison.common)}"
+  rows += f"<tr><td>all</td><td>{every}</td></tr>"
   return (
     "<h2>What the points set</h2><details open><summary>Options</summary>"
     f'<div class="scroll"><table>{rows}</table></div></details>'

@@ -2,12 +2,13 @@
 """Runs in turn, or a few at a time, until all are done or someone stops it."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
 from moejax.hardware import local_gpus
-from moejax.metrics import METRICS, last_step
+from moejax.metrics import METRICS, last_row, last_step
 from moejax.progress import ProgressBar, format_seconds, progress_bar
 from moejax.runlock import PreemptionGuard
 from moejax.sweep.spec import PlannedRun
@@ -94,7 +95,9 @@ def _record(
   write_state(workdir / run.name, state)
   took = format_seconds(state.seconds)
   if state.state == DONE:
-    say(f"{run.name}: done in {took}")
+    last = last_row(workdir / run.name / METRICS)
+    lost = last is not None and not math.isfinite(last["loss/xent"])
+    say(f"{run.name}: done in {took}" + ", its loss is not finite" * lost)
   elif state.state == FAILED:
     say(f"{run.name}: FAILED after {took}: {state.message}")
     say(f"  its log: {workdir / run.name / LOG}")

@@ -174,6 +174,11 @@ def load_sweep(path: str) -> Sweep:
   beside = Path(filename).parent / sweep.config
   if beside.with_name(beside.name.partition(":")[0]).is_file():
     sweep = dataclasses.replace(sweep, config=str(beside))
+  elif not Path(sweep.config.partition(":")[0]).is_file():
+    raise ConfigError(
+      f"{filename}: there is no config {sweep.config!r}, neither beside that "
+      "file nor in the working directory"
+    )
   if not sweep.title:
     first = (module.__doc__ or "").strip() or Path(filename).resolve().stem
     sweep = dataclasses.replace(sweep, title=first.splitlines()[0].rstrip("."))

@@ -48,8 +48,9 @@ def columns(comparison: Comparison) -> list[Column]:
     Column(
       "steps_to_equal", "equal after", "share of the steps after which the "
       "training loss (mean of a tenth of the run) stayed at or below "
-      f"{comparison.reference}'s last; – where it did not. That of "
-      f"{comparison.reference} itself shows what noise makes",
+      f"{comparison.reference}'s last, mean over seeds; – where in one of them "
+      f"it did not. That of {comparison.reference} itself shows what noise "
+      "makes",
       lambda c, p: c.steps_to_equal(p), "{:.0%}".format,
     ),
     Column(
@@ -142,6 +143,8 @@ def headline(comparison: Comparison) -> str:
   found = differences_by_seed(second, best)
   if not len(found):
     return f"Lowest: {best.name}; no seed in common with {second.name}"
+  if not found.any():
+    return f"{best.name} and {second.name} end at the same loss"
   if len(found) == 1:
     return f"Lowest: {best.name}, in a single seed"
   if not is_above_zero(found):
@@ -177,7 +180,7 @@ def order_note(comparison: Comparison) -> str:
   others = [
     f"{point.name} {why}"
     for point in comparison.points
-    if (why := comparison.other(point))
+    if (why := comparison.why_left_out(point))
   ]
   if not others:
     return f"{said}."

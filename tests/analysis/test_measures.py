@@ -368,3 +368,19 @@ def test_tallies_add_up(found):
   )
   assert total.together_LEE.dtype == np.int64
   assert measures.load([found]).load_MLE.sum() == pytest.approx(4 * E)
+
+
+def test_the_closest_pair_is_neither_a_busy_expert_nor_a_rare_one():
+  """Against a loop; expert 3 is in all company, expert 4 has one token."""
+  rng = np.random.default_rng(0)
+  E, count_E = 5, np.array([100, 120, 90, 300, 1])
+  share_EE = rng.uniform(0.05, 0.1, (E, E))
+  share_EE[:, 3] = 0.95
+  share_EE[0, 1] = 0.6
+  share_EE[4, 2] = 1.0
+  np.fill_diagonal(share_EE, np.nan)
+  pair = measures.strongest_pair(share_EE, count_E)
+  assert (pair.i, pair.j, pair.share) == (0, 1, 0.6)
+  rest = [2, 3, 4]
+  shared = sum(share_EE[i, 1] * count_E[i] for i in rest)
+  assert pair.others == pytest.approx(shared / count_E[rest].sum())

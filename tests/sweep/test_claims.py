@@ -8,6 +8,7 @@ from moejax.config import Config
 from moejax.metrics import encode_line
 from moejax.sweep import Sweep
 from moejax.sweep.compare import compare
+from moejax.sweep.page import write_page
 from moejax.sweep.spec import PlannedRun
 from moejax.sweep.table import as_markdown, headline, is_above_zero
 from tests.sweep.test_compare import STEPS, chart, write_run
@@ -132,3 +133,19 @@ def test_equal_after_the_last_step_above(tmp_path):
   assert result.steps_to_equal(result.point("base")) == 1.0
   worse = losses_of(tmp_path / "worse", base, base + 0.1)
   assert np.isnan(worse.steps_to_equal(worse.point("other")))
+
+
+def test_equal_losses_have_no_winner(tmp_path):
+  loss = 2 + 50 / np.arange(1, 101)
+  result = losses_of(tmp_path, loss, loss)
+  assert headline(result) == "base and other end at the same loss"
+
+
+def test_a_point_that_diverged_is_said_to_be_left_out(tmp_path):
+  loss = 2 + 50 / np.arange(1, 101)
+  lost = np.where(loss < 2.6, np.nan, loss)
+  result = losses_of(tmp_path, loss, lost)
+  said = as_markdown(result)
+  assert "other ended with a loss that is not finite" in said
+  page = write_page(result, tmp_path).read_text()
+  assert "1 with a loss that is not finite" in page and "x.py" in page

@@ -166,8 +166,19 @@ def test_a_file_without_a_docstring_has_its_name_for_a_title(
     "from moejax.sweep import Sweep\n"
     "def get_sweep():\n  return Sweep(config='c.py', points={'a': {}})\n"
   )
+  (tmp_path / "c.py").touch()
   monkeypatch.chdir(tmp_path)
   assert load_sweep("mine.py").title == "mine"
+
+
+def test_a_config_that_is_nowhere_is_one_line(tmp_path, monkeypatch):
+  (tmp_path / "mine.py").write_text(
+    "from moejax.sweep import Sweep\n"
+    "def get_sweep():\n  return Sweep(config='c.py', points={'a': {}})\n"
+  )
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(ConfigError, match=r"no config 'c.py', neither beside"):
+    load_sweep("mine.py")
 
 
 def test_no_such_file():
