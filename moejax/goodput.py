@@ -3,21 +3,25 @@
 
 One line each time the run is started or goes on, never cut: when, how long it
 took to get to its first step, what the launch before had done in vain, and how
-long nothing ran. With the lines of `timing.jsonl` that gives goodput: the share
-of the whole time in which steps were computed that count.
+long nothing ran; and one when it comes to its end or is asked to stop, with
+what came after its last step. With the lines of `timing.jsonl` that gives
+goodput: the share of the whole time in which steps were computed that count.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.metrics import TIMING, encode_line, read_jsonl
+from moejax.metrics import SKIPPED, TIMING, encode_line, read_jsonl
 from moejax.progress import format_seconds
 
 LAUNCHES = "launches.jsonl"
+END = "end"  # in lines of ends alone
 # Parts of a step's seconds that compute nothing.
 WAITS = {
   "input_wait": "waiting for data",
@@ -56,18 +60,32 @@ def record_launch(
     redone = [row["seconds"] for row in done if row["step"] > step]
     stopped = max(
       [row["wall_time"] for row in done[-1:]]
-      + [_first_step(row) for row in launches[-1:]],
+      + [_last_sign(row) for row in launches[-1:]],
       default=began,
     )
-  line = encode_line(
-    step,
-    {
-      "wall_time": began, "setup": setup, "compile": compiling,
-      "redone_steps": len(redone), "redone": sum(redone),
-      "down": max(0.0, began - stopped),
-    },
-    single=False,
-  )  # fmt: skip
+  _append(path, step, {
+    "wall_time": began, "setup": setup, "compile": compiling,
+    "redone_steps": len(redone), "redone": sum(redone),
+    "down": max(0.0, began - stopped),
+  })  # fmt: skip
+
+
+def record_end(
+  workdir: str | os.PathLike, step: int, waits: Mapping[str, float]
+) -> None:
+  """Adds the end of a launch, which did not die.
+
+  Args:
+    workdir: the run's folder.
+    step: its last.
+    waits: seconds since that step, by the keys of `WAITS`.
+  """
+  found = {END: 1, "wall_time": time.time(), **waits}
+  _append(Path(workdir) / LAUNCHES, step, found)
+
+
+def _append(path: Path, step: int, values: Mapping[str, Any]) -> None:
+  line = encode_line(step, values, single=False)
   try:
     with open(path, "ab") as f:
       f.write(line)
@@ -77,9 +95,19 @@ def record_launch(
     logger.warning("cannot write %s: %s", path, e.strerror or e)
 
 
+@contextlib.contextmanager
+def timed(times: dict[str, float], name: str) -> Iterator[None]:
+  """Adds the seconds of a `with` block to an entry."""
+  start = time.perf_counter()
+  try:
+    yield
+  finally:
+    times[name] += time.perf_counter() - start
+
+
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-  """Seconds of a run, from its first launch to its last step.
+  """Seconds of a run, from its first launch to its end or last step.
 
   Attributes:
     total: all of them.
@@ -110,7 +138,9 @@ class Goodput:
 
 
 def measure(
-  launches: Sequence[Mapping[str, Any]], timing: Sequence[Mapping[str, Any]]
+  launches: Sequence[Mapping[str, Any]],
+  timing: Sequence[Mapping[str, Any]],
+  skipped: frozenset[int] = frozenset(),
 ) -> Goodput | None:
   """Where the time went; None before the first step of the first launch.
 
@@ -118,6 +148,7 @@ def measure(
     launches: lines of `launches.jsonl`.
     timing: lines of `timing.jsonl`; those of a run that was branched off are
       from before the first launch, and left out.
+    skipped: steps that were not taken.
   """
   if not launches:
     return None
@@ -125,12 +156,19 @@ def measure(
   rows = [row for row in timing if row["wall_time"] >= first]
   if not rows:
     return None
-  total = rows[-1]["wall_time"] - first
+  ends = [row for row in launches if END in row]
+  launches = [row for row in launches if END not in row]
+  total = max(row["wall_time"] for row in rows[-1:] + ends[-1:]) - first
   sums = lambda rows, key: sum(float(row[key]) for row in rows)
   waits = {name: sums(rows, key) for key, name in WAITS.items()}
+  computing = {
+    row["step"]: row["seconds"] - sum(row[key] for key in WAITS) for row in rows
+  }
+  in_vain = sum(s for step, s in computing.items() if step in skipped)
   parts = {
-    "training steps": sums(rows, "seconds") - sum(waits.values()),
-    **waits,
+    "training steps": sum(computing.values()) - in_vain,
+    "skipped steps": in_vain,
+    **{name: waits[name] + sums(ends, key) for key, name in WAITS.items()},
     "start-up": sums(launches, "setup"),
     "compiling": sums(launches, "compile"),
     "steps done again": sums(launches, "redone"),
@@ -145,11 +183,15 @@ def measure(
 def of_run(workdir: str | os.PathLike) -> Goodput | None:
   """Of the run in a folder."""
   folder = Path(workdir)
-  return measure(_rows(folder / LAUNCHES), _rows(folder / TIMING))
+  skipped = frozenset(row["step"] for row in _rows(folder / SKIPPED))
+  return measure(_rows(folder / LAUNCHES), _rows(folder / TIMING), skipped)
 
 
-def _first_step(launch: Mapping[str, Any]) -> float:
-  return launch["wall_time"] + launch["setup"] + launch["compile"]
+def _last_sign(row: Mapping[str, Any]) -> float:
+  """When a launch ended, or came to its first step."""
+  if END in row:
+    return row["wall_time"]
+  return row["wall_time"] + row["setup"] + row["compile"]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -120,3 +120,13 @@ def _run_task(entry: EvalSetConfig, task: Task, run: Run) -> dict[str, float]:
       f"task {entry.name} raised {type(e).__name__}: {message} "
       f"({frame.filename}:{frame.lineno})"
     ) from e
+
+
+def describe_set(name: str, values: Mapping[str, float]) -> str:
+  """One line: a text's loss, or the first numbers of a task."""
+  start = f"validation/{name}/"
+  found = {key.removeprefix(start): value for key, value in values.items()}
+  if "bits_per_byte" in found:
+    found = {"loss": found["xent"], "bits per byte": found["bits_per_byte"]}
+  said = [f"{key} {value:.4g}" for key, value in list(found.items())[:4]]
+  return f"{name}: {', '.join(said)}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host side of training: read, step, log, evaluate, save, in that order."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -15,9 +16,9 @@ from moejax.data.tokenizer import Tokenizer
 from moejax.errors import UserError
 from moejax.evaluate import evaluate, source_names
 from moejax.generate import DEFAULT_SAMPLING, can_generate, generate
-from moejax.goodput import WAITS
+from moejax.goodput import WAITS, timed
 from moejax.hardware import peak_flops
-from moejax.held_out import VALIDATION, HeldOut, TaskError
+from moejax.held_out import VALIDATION, HeldOut, TaskError, describe_set
 from moejax.metrics import SKIPPED, RunLog
 from moejax.models import Transformer, build, train_flops_per_token
 from moejax.parallel import differing_copies, on_one_device
@@ -97,7 +98,8 @@ class Loop:
       self._say(self.profiler.finish(self.step))
       if self.saved_step != self.step:
         self._save()
-      self.checkpoints.wait()
+      with self._timed("checkpoint"):
+        self.checkpoints.wait()
     return self.step < last
 
   def _enter(self, phase: Phase) -> None:
@@ -209,7 +211,8 @@ class Loop:
         "optimizer.learning_rate in a new --workdir"
       )
     advice = (
-      f"moejax replay {self.files.workdir} --step={step} shows in which layer"
+      f"moejax replay {self.files.workdir} --step={step} shows in which layer; "
+      "a higher stability.max_skipped goes on over them"
     )
     if step == many:
       advice = "before any update: look at the router or the data"
@@ -290,9 +293,12 @@ class Loop:
         if name == VALIDATION:
           continue
         try:
-          values |= self.held_out.evaluate(name, run)
+          found = self.held_out.evaluate(name, run)
         except TaskError as e:
           failed.append(str(e))
+          continue
+        values |= found
+        self.progress.message(f"step {self.step}: {describe_set(name, found)}")
       if values:
         self.log.evaluation(self.step, values)
       sample = config.eval.sample_tokens and can_generate(config.model)
@@ -374,21 +380,8 @@ class Loop:
       self.checkpoints.save(self.step, self.state, meta)
       self.saved_step = self.step
 
-  def _timed(self, name: str) -> "_Timer":
-    return _Timer(self.times, name)
-
-
-class _Timer:
-  """Adds the seconds of a `with` block to an entry."""
-
-  def __init__(self, times: dict[str, float], name: str):
-    self._times, self._name = times, name
-
-  def __enter__(self) -> None:
-    self._start = time.perf_counter()
-
-  def __exit__(self, *exc_info) -> None:
-    self._times[self._name] += time.perf_counter() - self._start
+  def _timed(self, name: str) -> contextlib.AbstractContextManager[None]:
+    return timed(self.times, name)
 
 
 def describe_phase(config: Config, phase: Phase) -> str:

@@ -141,9 +141,14 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
   if changed:
     done = meta["step"]
     _check_phases_done(stored, config, done)
+    if config.train.num_steps < done:
+      raise CheckpointError(
+        f"train.num_steps={config.train.num_steps}, and the run is at step "
+        f"{done} already: use a higher one, or a new --workdir"
+      )
     before = schedule_values(stored)[:done]
     after = schedule_values(config)[:done]
-    if len(after) < done or not np.array_equal(before, after):
+    if not np.array_equal(before, after):
       raise CheckpointError(
         f"{'; '.join(changed)} would change the learning rate of steps already "
         f"done (the run is at step {done}); give warm-up in steps, and extend "

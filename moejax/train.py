@@ -180,6 +180,8 @@ def train(
           files.folder, start, began, ready - began, compiling
         )
       stopped = loop.run(programs, guard)
+      if first:
+        goodput.record_end(files.folder, loop.step, loop.times)
     if first and (found := goodput.of_run(files.folder)):
       print(found.describe(), flush=True)
     if report:

@@ -32,7 +32,8 @@ def test_every_second_is_in_one_place(tmp_path):
   assert found.launches == 3 and found.redone_steps == 4
   assert found.total == 3 * 8 + 2 * 16 + 130
   assert found.parts == pytest.approx({
-    "training steps": 12 * 1.25, "waiting for data": 12 * 0.25,
+    "training steps": 12 * 1.25, "skipped steps": 0.0,
+    "waiting for data": 12 * 0.25,
     "evaluation": 0.0, "checkpoints": 12 * 0.5, "start-up": 9.0,
     "compiling": 15.0, "steps done again": 8.0, "not running": 130.0,
     "other": 0.0,
@@ -74,6 +75,28 @@ def test_a_branch_has_done_nothing_in_vain_before_it_began(tmp_path):
   goodput.record_launch(tmp_path, 10, 6000.0, 3.0, 5.0)
   last = json.loads((tmp_path / "launches.jsonl").read_text().splitlines()[-1])
   assert last["redone_steps"] == 3 and last["redone"] == 6.0
+
+
+def test_what_comes_after_the_last_step_and_steps_not_taken(
+  tmp_path, monkeypatch
+):
+  """An evaluation and a save at the end are no pause, and no lost time."""
+  end = launch(tmp_path, 0, 1000.0, steps=4)
+  monkeypatch.setattr(goodput.time, "time", lambda: end + 7)
+  waits = {"input_wait": 0.0, "evaluation": 4.0, "checkpoint": 2.0}
+  goodput.record_end(tmp_path, 4, waits)
+  (tmp_path / "skipped.jsonl").write_text(
+    '{"step": 2, "reason": 1, "rows": []}\n'
+  )
+  found = goodput.of_run(tmp_path)
+  assert found.total == 8 + 8 + 7 and found.launches == 1
+  assert found.parts["training steps"] == 3 * 1.25
+  assert found.parts["skipped steps"] == 1.25
+  assert found.parts["evaluation"] == 4.0
+  assert found.parts["checkpoints"] == 4 * 0.5 + 2.0
+  assert found.parts["other"] == pytest.approx(1.0)
+  launch(tmp_path, 4, end + 17, steps=1)
+  assert goodput.of_run(tmp_path).parts["not running"] == 10.0
 
 
 def test_nothing_to_tell_yet(tmp_path):

@@ -76,7 +76,7 @@ class PhaseConfig:
         near = difflib.get_close_matches(key, PHASE_OPTIONS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-          f"{where} cannot set {key}{hint} Phases set "
+          f"{where} cannot set {key}{hint}. Phases set "
           f"{', '.join(PHASE_OPTIONS)}"
         )
       kind = option_at(key).type

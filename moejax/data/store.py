@@ -29,6 +29,9 @@ from moejax.files import cache_folder
 
 VERIFIED = "verified.json"
 _THREADS = 4
+_REMEDY = (
+  "put the file back, or make the store anew: moejax data prepare --rebuild ..."
+)
 
 
 def store_path(
@@ -234,8 +237,7 @@ class TokenStore:
         if digest != expected[name]["sha256"]:
           raise DataError(
             f"{self.folder / name} is damaged: its SHA-256 is not the one in "
-            f"{MANIFEST}; put the file back, or delete the store and prepare "
-            "again"
+            f"{MANIFEST}; {_REMEDY}"
           )
     remember_verified(self.folder, shards=seen)
 
@@ -244,13 +246,12 @@ class TokenStore:
       stat = (self.folder / name).stat()
     except OSError as e:
       raise DataError(
-        f"{self.folder / name}: {e.strerror}; put the file back, or delete the "
-        "store and prepare again"
+        f"{self.folder / name}: {e.strerror}; {_REMEDY}"
       ) from None
     if stat.st_size != expected:
       raise DataError(
         f"{self.folder / name} has {stat.st_size} bytes instead of {expected}; "
-        "put the file back, or delete the store and prepare again"
+        f"{_REMEDY}"
       )
     return file_state(stat)
 

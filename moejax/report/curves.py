@@ -35,19 +35,24 @@ def loss_chart(run: RunData) -> Chart | None:
   if "loss/xent" not in run.metrics:
     return None
   steps, loss = run.metrics.steps, run.metrics["loss/xent"]
-  evals = run.evaluations
-  validated = "validation/xent" in evals
+  held_out = {
+    label: found
+    for key, label in (
+      ("validation/xent", "validation"),
+      ("validation_ema/xent", "validation of averaged weights"),
+    )
+    if len((found := _evaluated(run, key, 0, run.last_step))[0])
+  }
 
   def draw(figure: Any, narrow: bool) -> None:
     ax = step_axes(figure, run.last_step, "" if narrow else "nats per token")
     _, ys = draw_noisy(ax, steps, loss, "blue", "training")
     # Spikes may leave the picture at its top; nothing leaves at the bottom.
     values = [ys, np.sort(loss[np.isfinite(loss)])[:1]]
-    if validated:
-      x, y = _validation(run, 0, run.last_step)
+    for (label, (x, y)), colour in zip(held_out.items(), ("orange", "green")):
       values.append(y)
       ax.plot(
-        x, y, "-o", color=LIGHT["orange"], label="validation", clip_on=False,
+        x, y, "-o", color=LIGHT[colour], label=label, clip_on=False,
         markeredgecolor=LIGHT["card"], markersize=6, zorder=3,
         linewidth=1.6, markevery=max(1, len(x) // 20),
       )  # fmt: skip
@@ -62,7 +67,7 @@ def loss_chart(run: RunData) -> Chart | None:
 
   return Chart(
     "loss", _loss_title(run), "Cross entropy in nats per token: every step "
-    "(faint) and running mean" + (", held-out text (dots)" if validated else "")
+    "(faint) and running mean" + (", held-out text (dots)" if held_out else "")
     + ". Right axis: perplexity.", draw, HERO, (348, 262),
   )  # fmt: skip
 
@@ -81,8 +86,8 @@ def recent_chart(run: RunData) -> Chart | None:
     ax = step_axes(figure, run.last_step)
     draw_noisy(ax, steps, loss, "blue", "training")
     values = [y, np.quantile(loss, [0.02, 0.98])]
-    if "validation/xent" in run.evaluations:
-      at, held_out = _validation(run, steps[0], steps[-1])
+    at, held_out = _evaluated(run, "validation/xent", steps[0], steps[-1])
+    if len(at):
       values.append(held_out)
       ax.plot(at, held_out, "-o", color=LIGHT["orange"], markersize=5.5,
               markeredgecolor=LIGHT["card"], label="validation", linewidth=1.4,
@@ -123,11 +128,13 @@ def _loss_title(run: RunData) -> str:
   return f"Training loss {moved} in {run.last_step:,} steps"
 
 
-def _validation(
-  run: RunData, first: int, last: int
+def _evaluated(
+  run: RunData, key: str, first: int, last: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Validation loss at steps first..last: dots are not clipped to the axes."""
-  x, y = finite(run.evaluations.steps, run.evaluations["validation/xent"])
+  """A held-out loss at steps first..last: dots are not clipped to the axes."""
+  if key not in run.evaluations:
+    return np.zeros(0, int), np.zeros(0)
+  x, y = finite(run.evaluations.steps, run.evaluations[key])
   inside = (x >= first) & (x <= last)
   return x[inside], y[inside]
 

@@ -11,6 +11,7 @@ from moejax.report.charts import (
   last_mean,
   legend,
   mark_phases,
+  number,
   step_axes,
 )
 from moejax.report.rundata import RunData, Table
@@ -58,6 +59,27 @@ def held_out_chart(run: RunData) -> Chart | None:
     title += f", {ends[high]:.2f} on {short_name(high)}"
   note = "Bits per byte of each held-out set, by step."
   return _chart(run, "held_out", title, note, table, names, smoothed=False)
+
+
+def tasks_chart(run: RunData) -> Chart | None:
+  """Numbers of the tasks that are evaluated in training."""
+  tasks = [] if run.config is None else run.config.eval.sets
+  starts = tuple(f"validation/{task.name}/" for task in tasks if task.task)
+  names = {
+    key.removeprefix("validation/"): key
+    for key in run.evaluations.columns
+    if starts and key.startswith(starts)
+    and np.isfinite(run.evaluations[key]).any()
+  }  # fmt: skip
+  if not names:
+    return None
+  first, key = next(iter(names.items()))
+  title = f"Tasks: {short_name(first)} {number(_last(run.evaluations, key))}"
+  if len(names) > 1:
+    title += f", and {len(names) - 1} more"
+  note = "What each task returns, by step, in its own units."
+  table = run.evaluations
+  return _chart(run, "tasks", title, note, table, names, smoothed=False)
 
 
 def _names(table: Table, pattern: str) -> dict[str, str]:

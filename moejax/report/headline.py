@@ -80,7 +80,7 @@ def _speed_tiles(run: RunData) -> list[Tile]:
     found.append(Tile("model FLOP/s", format_count(flops), "median"))
   if "seconds" in run.timing:
     seconds = float(np.nansum(run.timing["seconds"]))
-    found.append(Tile("time", format_seconds(seconds), "without pauses"))
+    found.append(Tile("time", format_seconds(seconds), "of all its steps"))
   return found
 
 

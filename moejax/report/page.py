@@ -4,6 +4,8 @@
 import html
 import unicodedata
 
+import numpy as np
+
 from moejax.metrics import SKIPPED
 from moejax.report import headline, skipped
 from moejax.report.charts import HERO, Chart, percent
@@ -210,14 +212,21 @@ def _evaluations(run: RunData) -> str:
   known = [key for key in keys if key in table]
   if not known:
     return ""
+  # Lines of held-out sets alone have none of these; their chart does.
+  validated = np.ones(len(table), bool)
+  if "validation/tokens" in table:
+    validated = np.isfinite(table["validation/tokens"])
+  lines = np.flatnonzero(validated)
   cells = "".join(f'<th class="number">{escape(key)}</th>' for key in known)
   rows = f'<tr><th class="number">step</th>{cells}</tr>'
-  for i in range(len(table))[::-1][:MAX_EVALUATIONS]:
-    cells = "".join(
-      f'<td class="number">{table[key][i]:.4f}</td>' for key in known
-    )
+  for i in lines[::-1][:MAX_EVALUATIONS]:
+    said = [
+      f"{x:.4f}" if np.isfinite(x := table[key][i]) else "not finite"
+      for key in known
+    ]
+    cells = "".join(f'<td class="number">{text}</td>' for text in said)
     rows += f'<tr><td class="number">{table.steps[i]:,}</td>{cells}</tr>'
-  count = f"{len(table)}" if len(table) != 1 else "one"
+  count = f"{len(lines)}" if len(lines) != 1 else "one"
   return folded_table("Evaluations", f"{count}, newest first", rows)
 
 

@@ -36,17 +36,20 @@ def divergence(run: RunData) -> str | None:
 
 def how_many(run: RunData) -> str | None:
   """`3 steps skipped (2 not finite, 1 spike)`; None if none was."""
-  reasons = _reasons(run)
-  count = int((reasons != 0).sum())
+  # The step that ends a run for the many before it has no line of metrics.
+  reasons = [row["reason"] if "reason" in row else None for row in run.skipped]
+  reasons = reasons or [int(r) for r in _reasons(run) if r]
+  count = len(reasons)
   if not count:
     return None
   said = []
-  if bad := int((reasons == NOT_FINITE).sum()):
+  if bad := reasons.count(NOT_FINITE):
     said.append(f"{bad:,} not finite")
-  if spikes := int((reasons == SPIKE).sum()):
+  if spikes := reasons.count(SPIKE):
     said.append(f"{spikes:,} spike{'' if spikes == 1 else 's'}")
   plural = "" if count == 1 else "s"
-  return f"{count:,} step{plural} skipped ({', '.join(said)})"
+  why = f" ({', '.join(said)})" if said else ""
+  return f"{count:,} step{plural} skipped{why}"
 
 
 def table(run: RunData) -> list[tuple[str, str, str]]:
