@@ -107,12 +107,10 @@ def make_charts(run: RunData) -> dict[str, list[Chart]]:
     for key in run.metrics.columns
     if key not in drawn and not key.startswith("sources/")
   ]
-  text = [
-    domains.sources_chart(run), domains.held_out_chart(run),
-    domains.tasks_chart(run),
-  ]  # fmt: skip
+  text = [domains.sources_chart(run), domains.held_out_chart(run)]
   sections = {
     "": training, "Routing": routing, "Kinds of text": text,
+    "Tasks": [domains.tasks_chart(run)],
     "Other metrics": others,
   }  # fmt: skip
   return {

@@ -118,7 +118,9 @@ def mark_phases(ax: Any, config: Config | None, last_step: int) -> None:
       short_name(phase.name, 24), (phase.start, 0.0), (4, 5),
       xycoords=("data", "axes fraction"), textcoords="offset points",
       color=LIGHT["soft"], fontsize=9.5, rotation=90, va="bottom",
-      annotation_clip=True,
+      annotation_clip=True, zorder=5,
+      bbox={"facecolor": LIGHT["card"], "alpha": 0.7, "linewidth": 0,
+            "pad": 0.5},
     )  # fmt: skip
 
 

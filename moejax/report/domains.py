@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moejax.report.charts import (
+  SMALL,
   Chart,
   last_mean,
   legend,
@@ -22,7 +23,6 @@ COLOURS = tuple(LIGHT[name] for name in ("blue", "orange", "green", "purple"))
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 # As many as can be told apart; the log has all.
 MOST = len(COLOURS) * len(DASHES)
-SIZE, NARROW = (560, 300), (348, 300)
 
 
 def sources_chart(run: RunData) -> Chart | None:
@@ -118,4 +118,6 @@ def _chart(
     mark_phases(ax, run.config, run.last_step)
     legend(ax, columns=1 if narrow else 2)
 
-  return Chart(name, title, note, draw, SIZE, NARROW)
+  # Many names take room.
+  size = SMALL if len(shown) <= 4 else (560, 300)
+  return Chart(name, title, note, draw, size, SMALL)
