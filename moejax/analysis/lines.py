@@ -154,10 +154,11 @@ def load_over_time_chart(result: Load) -> Chart:
       reference_line(ax, 1.0, "fair share", below=load_ML.max() <= 1)
     _depth_key(figure, axes, result.routers)
 
-  first, last = (result.load_MLE[m].max() for m in (0, -1))
+  # Mean over layers: the worst of all may stay where the others move.
+  first, last = (result.load_MLE[m].max(1).mean() for m in (0, -1))
   title = (
-    f"The busiest expert went from {number(first)}× to {number(last)}× its "
-    "fair share"
+    f"A layer's busiest expert went from {number(first)}× to {number(last)}× "
+    "its fair share, in the mean over layers"
   )
   note = (
     "Load over the fair share 1/E at each checkpoint; a line a layer. Even "

@@ -141,9 +141,8 @@ def loss_curves(comparison: Comparison) -> Chart | None:
 
   return Chart(
     "loss-curves", "How the training loss falls",
-    "Cross entropy, running mean; the band is the range over seeds. Pointing "
-    f"at a row of the table picks out its curve.{_star(comparison)}", draw,
-    (FULL, 470), (348, 320),
+    "Cross entropy, running mean; the band is the range over seeds, and may "
+    f"leave the picture.{_star(comparison)}", draw, (FULL, 470), (348, 320),
   )  # fmt: skip
 
 
@@ -177,10 +176,10 @@ def differences(comparison: Comparison) -> Chart | None:
 
   unit = "batch" if comparison.same_batches else "step"
   return Chart(
-    "difference", f"The same, as the difference to {comparison.reference}",
-    f"Training loss minus that of the same {unit} and seed, running mean; the "
-    f"band is the range over seeds. Below zero is better.{_star(comparison)}",
-    draw, (FULL, 400), (348, 300),
+    "difference", f"Training loss against {comparison.reference}'s",
+    f"Its difference to that of the same {unit} and seed, running mean; the "
+    "band is the range over seeds, and may leave the picture. Below zero is "
+    f"better.{_star(comparison)}", draw, (FULL, 400), (348, 300),
   )  # fmt: skip
 
 
