@@ -8,6 +8,7 @@ parameters can be read, and their digests checked, without the optimizer's part.
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ from moejax.checkpoint import files, leaves, processes
 ALONE = "value"
 # A leaf is cut into pieces of about this size, whole entries of its first axis.
 CHUNK_BYTES = 64 << 20
+_OTHERS = 10.0  # seconds that what goes on after a failure is waited for
 
 
 def load_orbax() -> None:
@@ -77,6 +79,7 @@ class Saving:
       failure = None
     except BaseException as e:
       failure = e
+      _wait_for_others()
     # The others wait at barriers that a failed process never gets to.
     while self._passed < self.BARRIERS:
       self._barrier(key="", timeout_ms=0)
@@ -88,6 +91,16 @@ class Saving:
     processes.barrier(
       f"moejax_arrays_{self._name}_{self._passed}", self._timeout
     )
+
+
+def _wait_for_others() -> None:
+  """Orbax raises what fails first, while its threads write other items.
+
+  They would write into what is removed now, and speak after the last word.
+  """
+  for thread in threading.enumerate():
+    if type(thread).__module__.startswith("orbax."):
+      thread.join(_OTHERS)
 
 
 def restore(folder: epath.Path, abstract: Any) -> Any:

@@ -114,13 +114,13 @@ def test_stats_see_dropped_assignments():
 
 
 def test_a_router_in_a_file_of_ones_own(tmp_path, monkeypatch):
-  (tmp_path / "my_router.py").write_text(
+  (tmp_path / "router_of_ones_own.py").write_text(
     "from moejax.routing import top_k\n"
     "def mine(logits_TE, mask_T, *, k, rng=None):\n"
     "  return top_k(-logits_TE, mask_T, k=k)\n"
   )
   monkeypatch.syspath_prepend(tmp_path)
-  router = resolve(Spec.parse("my_router.mine(k=1)"))
+  router = resolve(Spec.parse("router_of_ones_own.mine(k=1)"))
   routing = router(jnp.asarray(LOGITS), jnp.ones(T, bool), rng=None)
   np.testing.assert_array_equal(routing.expert_A, LOGITS.argmin(-1))
 
