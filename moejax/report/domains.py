@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from moejax.report.charts import (
-  SMALL,
   Chart,
   last_mean,
   legend,
@@ -23,6 +22,7 @@ COLOURS = tuple(LIGHT[name] for name in ("blue", "orange", "green", "purple"))
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 # As many as can be told apart; the log has all.
 MOST = len(COLOURS) * len(DASHES)
+MANY_NAMES = (560, 300), (348, 300)  # sizes, wide and narrow
 
 
 def sources_chart(run: RunData) -> Chart | None:
@@ -118,6 +118,6 @@ def _chart(
     mark_phases(ax, run.config, run.last_step)
     legend(ax, columns=1 if narrow else 2)
 
-  # Many names take room.
-  size = SMALL if len(shown) <= 4 else (560, 300)
-  return Chart(name, title, note, draw, size, SMALL)
+  if len(shown) <= 4:
+    return Chart(name, title, note, draw)
+  return Chart(name, title, note, draw, *MANY_NAMES)
