@@ -159,6 +159,13 @@ def test_an_extension_that_would_rewrite_history_is_refused(place, unbroken):
   assert done.stderr.count("\n") == 1
 
 
+def test_fewer_steps_than_are_done_are_refused(place, unbroken):
+  done = train(place, "unbroken", "--config.train.num_steps=20")
+  assert done.returncode == 2
+  assert "num_steps=20, and the run is at step 40 already" in done.stderr
+  assert done.stderr.count("\n") == 1
+
+
 def test_another_config_is_refused_by_name(place, unbroken):
   before = (unbroken / "config.json").read_bytes()
   done = train(
