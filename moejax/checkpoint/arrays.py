@@ -70,6 +70,7 @@ class Saving:
       self._checkpointer.save(folder, ocp.args.Composite(**args))
     except BaseException:
       self._checkpointer.close()
+      _wait_for_others()
       raise
 
   def finish(self) -> BaseException | None:

@@ -145,10 +145,36 @@ def test_a_save_that_hangs_is_given_up(tmp_path, monkeypatch, place, name):
   end.set()
 
 
-def save_slowly(folder, notice):
+def test_nothing_is_written_after_a_save_has_failed(tmp_path, monkeypatch):
+  """By the threads of other items, which Orbax does not wait for."""
+  import orbax.checkpoint as ocp
+
+  Late = type("Late", (threading.Thread,), {"__module__": "orbax.late"})
+  stray = tmp_path / "1" / "late"
+
+  def write():
+    time.sleep(0.5)
+    stray.parent.mkdir(exist_ok=True)
+    stray.touch()
+
+  late = Late(target=write)
+
+  def fail(self):
+    if late.ident is None:  # closing calls it once more
+      late.start()
+      raise OSError("one item failed")
+
+  monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", fail)
+  with pytest.raises(CheckpointError, match="one item failed"):
+    save_slowly(tmp_path, save_and_wait, step=1)
+  time.sleep(0.7)
+  assert not stray.exists()
+
+
+def save_slowly(folder, notice, step=2):
   with Checkpointer(folder, keep_last=2, timeout=1) as ckpt:
-    ckpt.save(2, state_of(2, 0.1), {})
-    notice(ckpt, 3)
+    ckpt.save(step, state_of(step, 0.1), {})
+    notice(ckpt, step + 1)
 
 
 def check_until_told(ckpt, _):
