@@ -85,10 +85,12 @@ class TrainProgress:
 class ProgressBar:
   """Counts towards `total`; made by `progress_bar`."""
 
-  def __init__(self, description: str, total: int | None, display: "_Display"):
+  def __init__(
+    self, description: str, total: int | None, done: int, display: "_Display"
+  ):
     self._description = description
     self._total = total
-    self._done = 0
+    self._done = done
     self._rate = _Rate()
     self._display = display
 
@@ -111,7 +113,10 @@ class ProgressBar:
 
 @contextlib.contextmanager
 def progress_bar(
-  description: str, total: int | None, stream: TextIO | None = None
+  description: str,
+  total: int | None,
+  stream: TextIO | None = None,
+  done: int = 0,
 ) -> Iterator[ProgressBar]:
   """Progress of any work; call `.advance(n)` on what it yields.
 
@@ -119,11 +124,12 @@ def progress_bar(
     description: what is done, e.g. "tokenizing".
     total: how many there are; None if unknown.
     stream: where to, stdout if None.
+    done: how many of them were done before; they took no time.
   """
   display = _make_display(stream)
   display.start()
   try:
-    yield ProgressBar(description, total, display)
+    yield ProgressBar(description, total, done, display)
   finally:
     display.stop()
 

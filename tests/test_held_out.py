@@ -56,6 +56,7 @@ def place(tmp_path_factory):
     patch.chdir(place)
     patch.syspath_prepend(str(place))
     assert main(["data", "prepare", "--config=config.py", *options(SETS)]) == 0
+    assert train(config_of(SETS), "run", report=False) == 0
     yield place
 
 
@@ -65,7 +66,6 @@ def within(place, monkeypatch):
 
 
 def test_each_at_its_own_interval(place):
-  assert train(config_of(SETS), "run", report=False) == 0
   found = map(json.loads, lines(place / "run", "eval.jsonl"))
   rows = {row["step"]: row for row in found}
   assert list(rows) == [4, 5, 8, 10]
@@ -159,7 +159,7 @@ def test_or_ends_the_run_after_a_save(place, capsys):
   assert "saved step 3, then stopped: task bad raised KeyError" in error
   # What it was due to evaluate on may change: it is no part of the training.
   assert main([*args, "--config.eval.sets=[]"]) == 0
-  assert lines(place / "ended") == lines(place / "noted")
+  assert lines(place / "ended") == lines(place / "run")
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 """Runs in turn, or a few at a time, until all are done or someone stops it."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
 
 from moejax.hardware import local_gpus
-from moejax.metrics import METRICS, last_row, last_step
+from moejax.metrics import METRICS, last_step
 from moejax.progress import ProgressBar, format_seconds, progress_bar
 from moejax.runlock import PreemptionGuard
 from moejax.sweep.spec import PlannedRun
@@ -18,6 +17,7 @@ from moejax.sweep.state import (
   HELD,
   WAITING,
   RunState,
+  has_diverged,
   read_state,
   write_state,
 )
@@ -41,13 +41,14 @@ def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
   waiting = list(runs)
   jobs = min(jobs, len(runs))
   steps = sum(run.config.train.num_steps for run in runs)
+  done = {run.name: last_step(workdir / run.name / METRICS) for run in runs}
   workers: list[Worker] = []
   free = places(jobs, local_gpus())
   with (
     PreemptionGuard() as guard,
-    progress_bar("steps of all runs", steps) as bar,
+    progress_bar("steps of all runs", steps, done=sum(done.values())) as bar,
   ):
-    progress = _Progress(workdir, bar)
+    progress = _Progress(workdir, bar, done)
     try:
       while (waiting and not guard.requested) or any(w.run for w in workers):
         if guard.requested:
@@ -95,8 +96,7 @@ def _record(
   write_state(workdir / run.name, state)
   took = format_seconds(state.seconds)
   if state.state == DONE:
-    last = last_row(workdir / run.name / METRICS)
-    lost = last is not None and not math.isfinite(last["loss/xent"])
+    lost = has_diverged(workdir / run.name)
     say(f"{run.name}: done in {took}" + ", its loss is not finite" * lost)
   elif state.state == FAILED:
     say(f"{run.name}: FAILED after {took}: {state.message}")
@@ -106,16 +106,16 @@ def _record(
 class _Progress:
   """Steps of all runs, read from their logs."""
 
-  def __init__(self, workdir: Path, bar: ProgressBar):
+  def __init__(self, workdir: Path, bar: ProgressBar, done: dict[str, int]):
     self._workdir, self._bar = workdir, bar
-    self._seen: dict[str, int] = {}
+    self._seen = dict(done)
     self.say = bar.message
 
   def look(self, runs: list[PlannedRun]) -> None:
     """Takes in what the runs at work have logged since."""
     for run in runs:
       step = last_step(self._workdir / run.name / METRICS)
-      before = self._seen.setdefault(run.name, 0)
+      before = self._seen[run.name]
       if step > before:
         self._seen[run.name] = step
         self._bar.advance(step - before)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import socket
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from moejax import runs
 from moejax.config import differences
 from moejax.errors import ConfigError, UserError
 from moejax.files import write_atomically
-from moejax.metrics import METRICS, last_step
+from moejax.metrics import METRICS, last_row, last_step
 from moejax.runlock import LOCK_FILE, PATIENCE, process_start
 from moejax.sweep.sources import changed_files
 from moejax.sweep.spec import PlannedRun
@@ -87,11 +88,23 @@ def to_do(workdir: Path, planned: list[PlannedRun]) -> list[PlannedRun]:
 def how_far(workdir: Path, run: PlannedRun) -> str:
   """The state of a run for a person to read."""
   state = read_state(workdir / run.name).state
+  if state == DONE and has_diverged(workdir / run.name):
+    return "done, its loss is not finite"
   step = last_step(workdir / run.name / METRICS)
   if state != WAITING or not step:
     return state
   verb = "at work," if is_held(workdir / run.name) else "stopped at"
   return f"{verb} {step}/{run.config.train.num_steps}"
+
+
+def has_diverged(folder: Path) -> bool:
+  """Whether the last step of the run in it was taken with no finite loss."""
+  last = last_row(folder / METRICS)
+  if last is None:
+    return False
+  # A log from before steps could be skipped does not say.
+  taken = "skipped" not in last or last["skipped"] == 0
+  return taken and not math.isfinite(last["loss/xent"])
 
 
 def is_held(folder: Path) -> bool:

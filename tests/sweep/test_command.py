@@ -177,6 +177,12 @@ def test_a_run_on_the_way_says_how_far_it_is(place, tmp_path, monkeypatch):
   assert how_far(tmp_path, run) == "stopped at 7/20"
   write_state(folder, RunState(DONE))
   assert how_far(tmp_path, run) == "done"
+  row = {"loss/xent": float("nan"), "skipped": 1.0}
+  (folder / "metrics.jsonl").write_bytes(encode_line(20, row))
+  assert how_far(tmp_path, run) == "done"
+  row["skipped"] = 0.0
+  (folder / "metrics.jsonl").write_bytes(encode_line(20, row))
+  assert how_far(tmp_path, run) == "done, its loss is not finite"
 
 
 def test_a_slip_in_a_router_is_one_line_and_debug_shows_all(
