@@ -303,7 +303,7 @@ def similarity_map_chart(result: Similarity) -> Chart:
   note = (
     "Mean cosine between two experts' outputs for the same tokens. 1 would be "
     "the same expert twice; unrelated experts are at 0, the middle of the "
-    f"scale.{_of_layers(result.routers, shown)}"
+    f"scale. White: an expert with itself.{_of_layers(result.routers, shown)}"
   )
   return Chart("similarity_map", title, note, draw, (FULL, 430), (348, 980))
 

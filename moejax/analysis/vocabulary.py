@@ -15,9 +15,9 @@ from moejax.analysis.surveys import Survey
 from moejax.data.tokenizer import Tokenizer
 
 # Characters that a table could not show, and their names.
-_SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+_SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "⇤"}
 _NAMES = {
-  "␣": "a space", "⏎": "a line end", "⇥": "a tab", "␍": "a carriage return"
+  "␣": "a space", "⏎": "a line end", "⇥": "a tab", "⇤": "a carriage return"
 }  # fmt: skip
 
 Columns = dict[str, np.ndarray]

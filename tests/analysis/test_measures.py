@@ -156,7 +156,7 @@ def visible(tokenizer, number):
   """What the tokenizer says that an id is, if it is a whole character."""
   own = tokenizer.decode([number])
   whole = own and "\ufffd" not in own
-  shown = own.translate(str.maketrans(" \n\t\r", "␣⏎⇥␍"))
+  shown = own.translate(str.maketrans(" \n\t\r", "␣⏎⇥⇤"))
   return shown if whole else f"#{number}"
 
 
