@@ -21,7 +21,7 @@ from moejax.routing import resolve
 from moejax.routing.inputs import asks_for, made_up_inputs, option
 
 Array = np.ndarray
-TOKENS = 1024  # so many groups of them, where a router has groups
+TOKENS = 1024  # rounded up to whole groups, where a router has groups
 TOLERANCE = 1e-5  # float32 rounds a renormalised weight by 1e-7
 
 
@@ -55,7 +55,8 @@ class SliceWeights:
     router = resolve(model.moe.router_spec)
     T = TOKENS
     if asks_for(router, "group_size"):
-      T *= option(router, "group_size")  # whole groups
+      size = option(router, "group_size")
+      T = -(-T // size) * size
     rng = np.random.default_rng(0)
     # Inputs are normed: a logit's variance is init_std^2 a channel.
     std = model.init_std * model.d_model**0.5

@@ -7,6 +7,7 @@
 import jax
 import jax.numpy as jnp
 
+from moejax.errors import ConfigError
 from moejax.routing.base import Routing
 from moejax.routing.inputs import projects
 
@@ -37,8 +38,16 @@ def null_experts(
     num_null: null experts N.
     null_TN: their logits.
     rng: not used.
+
+  Raises:
+    ConfigError: k below 2: a weight that is renormalised alone is always 1.
   """
   del rng
+  if k < 2:
+    raise ConfigError(
+      f"model.moe.router: null_experts(k={k}) renormalises, which gives the "
+      "router no gradient with one choice; use k >= 2"
+    )
   E = logits_TE.shape[-1]
   # Null experts behind the true ones.
   all_TE = jnp.concatenate([logits_TE, null_TN], axis=-1)

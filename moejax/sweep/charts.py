@@ -125,7 +125,7 @@ def loss_curves(comparison: Comparison) -> Chart | None:
   curves = {
     p.name: _bands(p, LOSS)
     for p in comparison.points
-    if not comparison.other(p)
+    if not (comparison.other(p) or comparison.other_mixture(p))
   }
   curves = {name: found for name, found in curves.items() if found}
   if not curves:
@@ -154,6 +154,8 @@ def differences(comparison: Comparison) -> Chart | None:
   curves = {}
   for point in comparison.points:
     if point.name == comparison.reference or comparison.other(point):
+      continue
+    if comparison.other_mixture(point):
       continue
     pairs = [
       _difference(run, base[run.planned.seed])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.cli import parse_overrides
+from moejax.config import Config, phases_of
 from moejax.errors import DataError
 from moejax.generate import can_generate
 from moejax.metrics import METRICS, last_step
@@ -239,12 +240,21 @@ class Comparison:
     )
     if differ := other_text(base, own):
       return f"has another data.{differ}"
-    if not self.validated and base["weights"] != own["weights"]:
-      return "has other data.weights, and losses are of training"
+    if not self.validated and (why := self.other_mixture(point)):
+      return why
     tokens = [p.mean(lambda run: run.validated_tokens) for p in both]
     if self.validated and max(tokens) > (1 + ALIKE) * min(tokens):
       return f"was validated on {tokens[1]:,.0f} tokens, not {tokens[0]:,.0f}"
     return ""
+
+  def other_mixture(self, point: PointResult) -> str:
+    """Why its training losses are of other text than the reference's, or empty.
+
+    Their validation losses may be of the same.
+    """
+    both = self.point(self.reference), point
+    base, own = (_mixtures(p.runs[0].planned.config) for p in both)
+    return "was trained with other data.weights" if base != own else ""
 
   @property
   def same_batches(self) -> bool:
@@ -275,9 +285,10 @@ class Comparison:
     """After which share of the steps the reference's last loss was reached.
 
     And not left again, by running means of the training loss, seed by seed,
-    then the mean; NaN if a seed did not get there.
+    then the mean; NaN if a seed did not get there, and where training losses
+    are of other text.
     """
-    if self.other(point):
+    if self.other(point) or self.other_mixture(point):
       return float("nan")
     base = {r.planned.seed: r for r in self.point(self.reference).runs}
     shares = [_share(run, base[run.planned.seed]) for run in point.runs]
@@ -306,9 +317,23 @@ def _share(run: RunResult, base: RunResult) -> float:
   _, wanted = _running_means(base, width)
   if not (len(means) and len(wanted)):
     return float("nan")
-  above = np.flatnonzero(means > wanted[-1] + 1e-6 * abs(wanted[-1]))
+  if not np.isfinite(wanted[-1]):
+    return float("nan")
+  # A mean that is not a number is not below anything.
+  below = means <= wanted[-1] + 1e-6 * abs(wanted[-1])
+  above = np.flatnonzero(~below)
   first = above[-1] + 1 if len(above) else 0
   return float("nan") if first == len(means) else steps[first] / base.num_steps
+
+
+def _mixtures(config: Config) -> list[tuple[int, tuple[float, ...]]]:
+  """The weights of its sources, and the steps before each of them holds."""
+  found: list[tuple[int, tuple[float, ...]]] = []
+  for phase in phases_of(config):
+    weights = phase.config.data.weights
+    if not found or found[-1][1] != weights:
+      found.append((phase.start, weights))
+  return found
 
 
 def _running_means(run: RunResult, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -139,26 +139,31 @@ def headline(comparison: Comparison) -> str:
   best, *others = fair
   if not others:
     return f"{best.name} ends at {best.loss:.4g}"
-  second = others[0]
-  found = differences_by_seed(second, best)
-  if not len(found):
-    return f"Lowest: {best.name}; no seed in common with {second.name}"
-  if not found.any():
-    return f"{best.name} and {second.name} end at the same loss"
-  if len(found) == 1:
-    return f"Lowest: {best.name}, in a single seed"
-  if not is_above_zero(found):
-    every = "both seeds" if len(found) == 2 else f"all {len(found)} seeds"
-    where = f"in {every}" if (found > 0).all() else "not in every seed"
-    return (
-      f"Lowest: {best.name}, {where}; too few to tell it from {second.name}"
-    )
+  for other in others:
+    if doubt := _doubt(best, other):
+      return doubt
   title = f"{best.name} ends lowest"
   mean, error = comparison.difference(best)
   if best.name != comparison.reference and math.isfinite(mean):
     title += f", {number(-mean)} below {comparison.reference}"
     title += f" (± {number(error)})" if math.isfinite(error) else ""
   return title
+
+
+def _doubt(best: PointResult, other: PointResult) -> str:
+  """A headline that says why the best is not sure to be below another."""
+  found = differences_by_seed(other, best)
+  if not len(found):
+    return f"Lowest: {best.name}; no seed in common with {other.name}"
+  if not found.any():
+    return f"{best.name} and {other.name} end at the same loss"
+  if len(found) == 1:
+    return f"Lowest: {best.name}, in a single seed"
+  if is_above_zero(found):
+    return ""
+  every = "both seeds" if len(found) == 2 else f"all {len(found)} seeds"
+  where = f"in {every}" if (found > 0).all() else "not in every seed"
+  return f"Lowest: {best.name}, {where}; too few to tell it from {other.name}"
 
 
 def is_above_zero(differences: np.ndarray) -> bool:
@@ -182,9 +187,17 @@ def order_note(comparison: Comparison) -> str:
     for point in comparison.points
     if (why := comparison.why_left_out(point))
   ]
-  if not others:
-    return f"{said}."
-  return f"{said}. Not compared: {'; '.join(others)}."
+  said += f". Not compared: {'; '.join(others)}" * bool(others)
+  mixtures = [
+    f"{point.name} {why}"
+    for point in comparison.points
+    if (why := comparison.other_mixture(point))
+    and not comparison.why_left_out(point)
+  ]
+  said += f". Training losses not compared: {'; '.join(mixtures)}" * bool(
+    mixtures
+  )
+  return f"{said}."
 
 
 def as_rows(comparison: Comparison) -> list[list[str]]:

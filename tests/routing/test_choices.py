@@ -328,6 +328,8 @@ def test_impossible_options():
       *given, k=1, noise_TE=given[0])),
     ("neither 'softmax' nor", lambda: loss_free(*given, k=1, score="tanh")),
     ("not in", lambda: top_p(*given, p=1.5, k=2)),
+    (r"null_experts\(k=1\) renormalises", lambda: null_experts(
+      *given, k=1, num_null=8, null_TN=given[0])),
     ("no gradient; use k >= 2", lambda: attention_heads(
       *given, k=1, detach=False)),
   ):  # fmt: skip

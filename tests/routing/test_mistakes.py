@@ -288,7 +288,7 @@ def test_experts_that_are_never_chosen_are_noted_once(capsys):
   [(text, E) for text in EXAMPLES.values()]
   + [
     ("hash_tokens(k=1)", 512), ("random_choice(k=1)", 512),
-    ("null_experts(k=1, num_null=64)", 8), ("top_p(p=0.1, k=4)", 64),
+    ("null_experts(k=2, num_null=64)", 8), ("top_p(p=0.1, k=4)", 64),
     ("group_limited(k=2, num_groups=8, topk_groups=1)", 64),
   ],
 )  # fmt: skip

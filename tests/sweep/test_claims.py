@@ -149,3 +149,61 @@ def test_a_point_that_diverged_is_said_to_be_left_out(tmp_path):
   assert "other ended with a loss that is not finite" in said
   page = write_page(result, tmp_path).read_text()
   assert "1 with a loss that is not finite" in page and "x.py" in page
+
+
+def test_a_diverged_point_is_never_equal(tmp_path):
+  loss = 2 + 50 / np.arange(1, 101)
+  lost = np.where(loss < 2.6, np.nan, loss - 1)
+  result = losses_of(tmp_path / "point", loss, lost)
+  assert np.isnan(result.steps_to_equal(result.point("other")))
+  result = losses_of(tmp_path / "base", lost, loss)
+  assert np.isnan(result.steps_to_equal(result.point("other")))
+
+
+def test_training_losses_of_another_mixture_are_not_compared(tmp_path):
+  """Easier text in training is no better model; the held-out text is one."""
+  plain = {
+    "train": {"num_steps": STEPS},
+    "optimizer": {"schedule": {"warmup": 1.0}},
+    "data": {"sources": ("a", "b"), "weights": (1.0, 1.0)},
+  }
+  easier = {"data.weights": (1.0, 9.0)}
+  late = [
+    {"name": "first", "steps": STEPS // 2, "options": {}},
+    {"name": "then", "options": easier},
+  ]
+  same = [
+    {"name": "first", "steps": STEPS // 2, "options": {}},
+    {"name": "then", "options": {"optimizer.learning_rate": 1e-4}},
+  ]
+  data = plain["data"]
+  configs = {
+    "base": plain,
+    "easier": plain | {"data": data | {"weights": (1.0, 9.0)}},
+    "late": plain | {"train": plain["train"] | {"phases": late}},
+    "same": plain | {"train": plain["train"] | {"phases": same}},
+  }
+  configs = {name: Config.from_dict(c) for name, c in configs.items()}
+  planned = [PlannedRun(n, 0, config) for n, config in configs.items()]
+  for name, loss in zip(configs, (2.0, 1.0, 1.5, 1.9)):
+    write_run(tmp_path / name / "seed_0", configs[name], loss, 100.0)
+    (tmp_path / name / "seed_0" / "eval.jsonl").write_bytes(
+      encode_line(STEPS, {"validation/xent": 2.0, "validation/tokens": 64.0})
+    )
+  sweep = Sweep(config="x.py", points={n: {} for n in configs}, seeds=(0,))
+  result = compare(sweep, planned, tmp_path)
+  equal = {p.name: result.steps_to_equal(p) for p in result.points}
+  assert np.isnan(equal["easier"]) and np.isnan(equal["late"])
+  assert equal["same"] < 1.0 == equal["base"]
+  assert result.difference(result.point("easier"))[0] == 0
+  said = as_markdown(result)
+  why = "was trained with other data.weights"
+  assert f"Training losses not compared: easier {why}; late {why}." in said
+  for name, shown in (
+    ("loss-curves", {"base", "same"}), ("difference", {"same"}),
+  ):  # fmt: skip
+    axes, _ = chart(result, name)
+    found = {str(line.get_gid()) for line in axes.lines}
+    assert {f"curve-{n}" for n in configs} & found == {
+      f"curve-{n}" for n in shown
+    }

@@ -191,6 +191,11 @@ def test_without_a_baseline_the_means_are_compared(tmp_path):
       [[9.0, 9.0], [2.0, 3.0], [2.1, 2.95]],
       "Lowest: b, not in every seed; too few to tell it from c",
     ),
+    # Below the second for sure, but not below the third.
+    (
+      [[2.0, 3.0], [2.1, 3.101], [1.9, 3.4]],
+      "Lowest: a, not in every seed; too few to tell it from c",
+    ),
     ([[2.1, None], [2.0, None]], "Lowest: b, in a single seed"),
     ([[2.1, 3.1], [None, None]], "a ends at 2.6"),
   ],
