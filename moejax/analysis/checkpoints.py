@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which checkpoints a command names, and whether they can be compared."""
 
+import collections
 import dataclasses
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +70,34 @@ def find(
   for folder in dict.fromkeys(checkpoint.folder for checkpoint in found):
     _require_same_model(folder, last, config)
   return [dataclasses.replace(c, parallel=parallel) for c in found]
+
+
+def names_of(checkpoints: Sequence[Checkpoint]) -> list[str]:
+  """What to call each: its step, and where there are several runs, its run."""
+  folders = collections.Counter(c.folder for c in checkpoints)
+  if len(folders) == 1:
+    return [step_label(c.step) for c in checkpoints]
+  runs_of = {folder: run_name(folder) for folder in folders}
+  if len(set(runs_of.values())) < len(folders):
+    runs_of = {folder: str(folder) for folder in folders}
+  return [
+    runs_of[c.folder]
+    + (f", {step_label(c.step)}" if folders[c.folder] > 1 else "")
+    for c in checkpoints
+  ]
+
+
+def step_label(step: int) -> str:
+  """`step 1,000`."""
+  return f"step {step:,}"
+
+
+def run_name(folder: Path) -> str:
+  """Its folder's, with the one above for a sweep's `seed_0`."""
+  folder = folder.resolve()
+  if re.fullmatch(r"seed_\d+", folder.name):
+    return f"{folder.parent.name}/{folder.name}"
+  return folder.name
 
 
 def router_names(config: ModelConfig) -> tuple[str, ...]:

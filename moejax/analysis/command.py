@@ -4,7 +4,6 @@
 import argparse
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from moejax import runs
 from moejax.analysis import measures, page, results, text
-from moejax.analysis.checkpoints import Checkpoint, find
+from moejax.analysis.checkpoints import Checkpoint, find, run_name
 from moejax.analysis.page import Analysis
 from moejax.analysis.similarities import similarity
 from moejax.analysis.surveys import Plan, Survey, survey_all
@@ -91,7 +90,7 @@ def analyze(
       tokens = token_table(surveys[-1], tokenizer, min_count)
     facts = _facts(checkpoints, surveys)
     return _write(
-      Analysis(_name_of(last.folder), facts, found, tokens, left_out), folder
+      Analysis(run_name(last.folder), facts, found, tokens, left_out), folder
     )
   except OSError as e:
     raise UserError(
@@ -177,14 +176,6 @@ def _remove_others(folder: pathlib.Path, written: set[str]) -> None:
   known |= {f"{name}.png" for name in page.PICTURES}
   for name in sorted(known - written):
     (folder / name).unlink(missing_ok=True)
-
-
-def _name_of(run: pathlib.Path) -> str:
-  """Its folder's, with the one above for a sweep's `seed_0`."""
-  run = run.resolve()
-  if re.fullmatch(r"seed_\d+", run.name):
-    return f"{run.parent.name}/{run.name}"
-  return run.name
 
 
 def _facts(

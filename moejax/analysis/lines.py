@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from moejax.analysis.checkpoints import step_label
 from moejax.analysis.measures import (
   Entropy,
   Load,
@@ -27,7 +28,7 @@ from moejax.report.charts import (
   percent,
   reference_line,
 )
-from moejax.report.style import LIGHT
+from moejax.report.style import LIGHT, short_name
 
 # From the first layer to the last.
 DEPTH_COLOURS = (LIGHT["blue"], LIGHT["purple"], LIGHT["orange"])
@@ -44,25 +45,26 @@ def saturation_chart(result: Saturation) -> Chart:
   def draw(figure: Any, narrow: bool) -> None:
     axes = _panels(figure, narrow, sharey=True)
     for ax, (name, share_ML, chance_ML) in zip(axes, panels):
-      x = checkpoint_axis(ax, result.steps_M)
+      x = checkpoint_axis(ax, result.steps_M, result.names_M)
       _router_lines(ax, result.routers, x, share_ML)
       _share_axis(ax, f"share of the last choice, {name}")
       _chance_line(ax, x, chance_ML.mean(1))
     _depth_key(figure, axes, result.routers)
 
-  first_L, steps = result.share_ML[0], result.steps_M
+  first_L, names = result.share_ML[0], [*map(short_name, result.names_M)]
   if np.isnan(first_L).all():
-    title = f"At step {steps[-1]:,} no token goes to any expert"
+    title = f"In {names[-1]} no token goes to any expert"
   else:
     title = (
-      f"At step {steps[0]:,}, {percent(np.nanmean(first_L))} of the routing at "
-      f"step {steps[-1]:,} is settled"
+      f"{percent(np.nanmean(first_L))} of the routing of {names[-1]} is "
+      f"already that of {names[0]}"
     )
   note = (
     "Router saturation: of the experts that a token has at the last "
     "checkpoint, the share that it has at an earlier one too; a line a layer. "
-    "100 % is settled for good. Two routers that know nothing of each other "
-    "share k/E, the dashed line, k being the earlier one's mean over routers."
+    "100 % is settled for good. Dashed: what two routers share that have these "
+    "loads and know nothing of each other, mean over layers; with even loads "
+    "k/E, and more where both prefer the same experts."
   )
   return Chart("saturation", title, note, draw, (FULL, 330), (348, 580))
 
@@ -111,7 +113,7 @@ def entropy_chart(result: Entropy) -> Chart:
   def draw(figure: Any, narrow: bool) -> None:
     ax = figure.subplots()
     for m, colour in zip(shown, colours):
-      label = f"step {result.steps_M[m]:,}"
+      label = short_name(result.names_M[m])
       _over_layers(ax, result.routers, result.share_ML[m], colour, label)
     _share_axis(ax, "entropy ÷ ln E")
     ax.set_ylim(0, 1.12)
@@ -147,7 +149,7 @@ def load_over_time_chart(result: Load) -> Chart:
   def draw(figure: Any, narrow: bool) -> None:
     axes = _panels(figure, narrow, sharey=False)
     for ax, (name, load_ML) in zip(axes, panels):
-      x = checkpoint_axis(ax, result.steps_M)
+      x = checkpoint_axis(ax, result.steps_M, result.names_M)
       _router_lines(ax, result.routers, x, load_ML)
       ax.set_ylim(0, 1.1 * max(1.0, np.nanmax(load_ML)))
       head_axis(ax, name)
@@ -221,15 +223,20 @@ def _attention_note(routers: Sequence[str]) -> str:
   return " Open dots are attention experts." if both else ""
 
 
-def checkpoint_axis(ax: Any, steps_M: np.ndarray) -> np.ndarray:
-  """Places of checkpoints: by step, or in a row if steps do not rise."""
+def checkpoint_axis(
+  ax: Any, steps_M: np.ndarray, names_M: Sequence[str]
+) -> np.ndarray:
+  """Places of checkpoints: by step, or in a row if they are of several runs."""
   from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-  ax.set_xlabel("step", labelpad=2)
-  if not (np.diff(steps_M) > 0).all():
+  of_one_run = list(names_M) == [step_label(step) for step in steps_M]
+  if not of_one_run or not (np.diff(steps_M) > 0).all():
+    ax.set_xlabel("checkpoint", labelpad=2)
     x = np.arange(len(steps_M))
-    ax.set_xticks(x, [f"{step:,}" for step in steps_M])
+    ax.set_xticks(x, [short_name(name, 16) for name in names_M])
+    ax.set_xlim(-0.3, len(steps_M) - 0.7)
     return x
+  ax.set_xlabel("step", labelpad=2)
   ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
   ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_count(x)))
   ax.set_xlim(min(0, steps_M[0]), steps_M[-1] * 1.015)

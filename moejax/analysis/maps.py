@@ -250,9 +250,9 @@ def load_chart(result: Load) -> Chart:
     "a tenth"
   )
   note = (
-    f"Load: each expert's share of its layer's assignments over 1/E, at step "
-    f"{result.steps_M[-1]:,}. Even routing is light everywhere (1); orange "
-    "experts are busier, blue ones idler."
+    f"Load: each expert's share of its layer's assignments over 1/E, of "
+    f"{short_name(result.names_M[-1])}. Even routing is light everywhere (1); "
+    "orange experts are busier, blue ones idler."
   )
   dead = [
     f"{e} of {name}"

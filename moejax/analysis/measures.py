@@ -24,17 +24,21 @@ class Saturation:
   Attributes:
     routers: names.
     steps_M: of the checkpoints, the last among them.
+    names_M: what to call them.
     share_ML: |E_t n E_T| / |E_T|, E_t a token's experts at step t, as a ratio
       of sums over tokens. With a fixed k this is the mean over tokens; else
       those with more experts count for more, and those with none do not.
     top_share_ML: the same for the best expert alone.
-    chance_ML: of a router that knows nothing of the last one and is even,
-      k_t / E with its own k_t, which may differ from the last one's.
-    top_chance_ML: 1 / E of the tokens that have an expert.
+    chance_ML: of routers with these loads that know nothing of each other,
+      sum_e p_t(e) p_T(e) / sum_e p_T(e), p being the share of tokens that have
+      expert e. Where one of them is even that is k_t / E, with the earlier
+      one's own k_t; where both prefer the same experts it is more.
+    top_chance_ML: the same of best experts; 1 / E where one of them is even.
   """
 
   routers: tuple[str, ...]
   steps_M: np.ndarray
+  names_M: tuple[str, ...]
   share_ML: np.ndarray
   top_share_ML: np.ndarray
   chance_ML: np.ndarray
@@ -127,12 +131,14 @@ class Load:
   Attributes:
     routers: names.
     steps_M: of the checkpoints.
+    names_M: what to call them.
     load_MLE: 1 is fair; 0 of all experts where their router chose none of them,
       but null experts.
   """
 
   routers: tuple[str, ...]
   steps_M: np.ndarray
+  names_M: tuple[str, ...]
   load_MLE: np.ndarray
 
 
@@ -143,12 +149,14 @@ class Entropy:
   Attributes:
     routers: names.
     steps_M: of the checkpoints.
+    names_M: what to call them.
     share_ML: 1 is no preference, 0 is always sure of one expert. A router's
       null experts are among the E.
   """
 
   routers: tuple[str, ...]
   steps_M: np.ndarray
+  names_M: tuple[str, ...]
   share_ML: np.ndarray
 
 
@@ -167,20 +175,22 @@ def saturation(surveys: Sequence[Survey]) -> Saturation:
   L = len(last.routers)
   whole = np.ones((1, L))
   ratio = lambda a, b: np.stack([_ratio(a(s), b(s)) for s in earlier])
-  per_token = lambda count_LE: np.stack([
-    count_LE(s.total).sum(1) / s.total.tokens / s.num_experts for s in surveys
+  chance = lambda count_LE: np.stack([
+    _by_chance(count_LE(s.total) / s.total.tokens,
+               count_LE(last.total) / last.total.tokens) for s in surveys
   ])  # fmt: skip
   return Saturation(
     routers=last.routers,
     steps_M=np.array([s.step for s in surveys]),
+    names_M=tuple(s.label for s in surveys),
     share_ML=np.concatenate(
       [ratio(lambda s: s.overlap.same_L, lambda s: s.overlap.wanted_L), whole]
     ),
     top_share_ML=np.concatenate([
       ratio(lambda s: s.overlap.top_L, lambda s: s.overlap.top_wanted_L), whole
     ]),
-    chance_ML=per_token(lambda total: total.chosen_LE),
-    top_chance_ML=per_token(lambda total: total.top_LE),
+    chance_ML=chance(lambda total: total.chosen_LE),
+    top_chance_ML=chance(lambda total: total.top_LE),
   )  # fmt: skip
 
 
@@ -251,7 +261,8 @@ def load(surveys: Sequence[Survey]) -> Load:
   share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
   last = surveys[-1]
   steps_M = np.array([s.step for s in surveys])
-  return Load(last.routers, steps_M, share * last.num_experts)
+  names = tuple(s.label for s in surveys)
+  return Load(last.routers, steps_M, names, share * last.num_experts)
 
 
 def entropy(surveys: Sequence[Survey]) -> Entropy:
@@ -259,7 +270,8 @@ def entropy(surveys: Sequence[Survey]) -> Entropy:
   last = surveys[-1]
   share = [s.total.entropy_L / s.total.tokens for s in surveys]
   steps_M = np.array([s.step for s in surveys])
-  return Entropy(last.routers, steps_M, np.stack(share))
+  names = tuple(s.label for s in surveys)
+  return Entropy(last.routers, steps_M, names, np.stack(share))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +316,17 @@ def idle_routers(survey: Survey) -> list[str]:
   """Names of those that sent no token to any expert."""
   there_L = survey.total.chosen_LE.any(1)
   return [name for name, there in zip(survey.routers, there_L) if not there]
+
+
+def _by_chance(mine_LE: np.ndarray, last_LE: np.ndarray) -> np.ndarray:
+  """[L] of what the last one chose, what a blind router with its loads has.
+
+  Args:
+    mine_LE: the share of tokens that have each expert.
+    last_LE: the same of the last checkpoint.
+  """
+  both_L = (mine_LE * last_LE).sum(1)
+  return np.nan_to_num(_ratio(both_L, last_LE.sum(1)))
 
 
 def _experts_per_token(total: Tally) -> np.ndarray:

@@ -98,17 +98,18 @@ def write_table(
 @summary.register
 def _(result: measures.Saturation):
   return {
-    "steps": result.steps_M, "share": result.share_ML,
-    "top_share": result.top_share_ML, "chance": result.chance_ML,
-    "top_chance": result.top_chance_ML,
+    "steps": result.steps_M, "checkpoints": result.names_M,
+    "share": result.share_ML, "top_share": result.top_share_ML,
+    "chance": result.chance_ML, "top_chance": result.top_chance_ML,
   }  # fmt: skip
 
 
 @columns.register
 def _(result: measures.Saturation):
   return long_table(
-    {"step": result.steps_M, "router": result.routers},
-    {"share": result.share_ML, "top_share": result.top_share_ML,
+    {"checkpoint": result.names_M, "router": result.routers},
+    {"step": result.steps_M[:, None],
+     "share": result.share_ML, "top_share": result.top_share_ML,
      "chance": result.chance_ML, "top_chance": result.top_chance_ML},
   )  # fmt: skip
 
@@ -180,7 +181,8 @@ def _(result: measures.VocabularySpecialisation):
 @summary.register
 def _(result: measures.Load):
   return {
-    "steps": result.steps_M, "largest": result.load_MLE.max(-1),
+    "steps": result.steps_M, "checkpoints": result.names_M,
+    "largest": result.load_MLE.max(-1),
     "smallest": result.load_MLE.min(-1),
   }  # fmt: skip
 
@@ -188,22 +190,25 @@ def _(result: measures.Load):
 @columns.register
 def _(result: measures.Load):
   return long_table(
-    {"step": result.steps_M, "router": result.routers,
+    {"checkpoint": result.names_M, "router": result.routers,
      "expert": range(result.load_MLE.shape[-1])},
-    {"load": result.load_MLE},
+    {"step": result.steps_M[:, None, None], "load": result.load_MLE},
   )  # fmt: skip
 
 
 @summary.register
 def _(result: measures.Entropy):
-  return {"steps": result.steps_M, "share": result.share_ML}
+  return {
+    "steps": result.steps_M, "checkpoints": result.names_M,
+    "share": result.share_ML,
+  }  # fmt: skip
 
 
 @columns.register
 def _(result: measures.Entropy):
   return long_table(
-    {"step": result.steps_M, "router": result.routers},
-    {"share": result.share_ML},
+    {"checkpoint": result.names_M, "router": result.routers},
+    {"step": result.steps_M[:, None], "share": result.share_ML},
   )
 
 

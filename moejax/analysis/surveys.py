@@ -10,7 +10,7 @@ import dataclasses
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -18,7 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.analysis import counts, text
-from moejax.analysis.checkpoints import router_names
+from moejax.analysis.checkpoints import (
+  Checkpoint,
+  names_of,
+  router_names,
+  step_label,
+)
 from moejax.analysis.counts import Tally, Words
 from moejax.analysis.text import Batch
 from moejax.config import DataConfig
@@ -62,6 +67,7 @@ class Survey:
     domains: sums by the name of the text.
     words: sums by token id; None where they were left out.
     overlap: with the last checkpoint; None for the last itself.
+    name: what to call the checkpoint beside others; "" takes its step.
   """
 
   step: int
@@ -70,6 +76,12 @@ class Survey:
   domains: dict[str, Tally]
   words: Words | None = None
   overlap: Overlap | None = None
+  name: str = ""
+
+  @property
+  def label(self) -> str:
+    """Its name, or `step 1,000`."""
+    return self.name or step_label(self.step)
 
   @property
   def total(self) -> Tally:
@@ -181,6 +193,7 @@ def survey(
   against: ChoiceFile | None = None,
   words: bool = True,
   config: DataConfig | None = None,
+  name: str = "",
 ) -> Survey:
   """Watches a checkpoint's routers on the plan's text.
 
@@ -192,6 +205,7 @@ def survey(
     words: whether to count by token id.
     config: how text is read; None is the run's own `data`. Checkpoints can be
       compared if all are given the same.
+    name: what to call the checkpoint; "" takes its step.
 
   Raises:
     DataError: the text is missing, unreadable or empty.
@@ -206,23 +220,25 @@ def survey(
   onto_host = _OntoHost(keep)
   with progress_bar(f"step {run.step}, tokens", None, sys.stderr) as bar:
     bar.advance(0)  # compiling comes first
-    for name, batch in plan.batches(run.tokenizer, config or run.config.data):
-      tally = tallies[name] if name in tallies else counts.zero_tally(*sizes)
-      tallies[name], table, more_L, made = counts.add_batch(
+    for domain, batch in plan.batches(run.tokenizer, config or run.config.data):
+      known = domain in tallies
+      tally = tallies[domain] if known else counts.zero_tally(*sizes)
+      tallies[domain], table, more_L, made = counts.add_batch(
         model, run.variables, device_batch(batch, model.placement), tally, table
       )
       overlap = earlier.overlap(made) if earlier else None
-      onto_host.add(name, more_L, made, overlap)
+      onto_host.add(domain, more_L, made, overlap)
       bar.advance(int((batch["segment_ids"] > 0).sum()))
     onto_host.finish()
     if earlier:
       earlier.finish()
   return Survey(
     run.step, names, sizes[1],
-    {name: counts.on_host(tally, onto_host.entropy[name])
-     for name, tally in tallies.items()},
+    {domain: counts.on_host(tally, onto_host.entropy[domain])
+     for domain, tally in tallies.items()},
     None if table is None else jax.device_get(table),
     Overlap(*onto_host.overlap) if against else None,
+    name,
   )  # fmt: skip
 
 
@@ -276,14 +292,14 @@ class _OntoHost:
 
 
 def survey_all(
-  checkpoints: Any, plan: Plan, folder: str | None
+  checkpoints: Sequence[Checkpoint], plan: Plan, folder: str | None
 ) -> list[Survey]:
   """Of each checkpoint, with what it shares with the last one.
 
   All read the text as the last one's run does, whatever their own `data` says.
 
   Args:
-    checkpoints: each with a `load`; the last is what others are compared with.
+    checkpoints: the last is what others are compared with.
     plan: the text.
     folder: where choices of the last one are kept meanwhile, with a bit for
       each token, router and expert; None takes the system's own place.
@@ -294,11 +310,12 @@ def survey_all(
       kept = stack.enter_context(ChoiceFile(folder))
     last = checkpoints[-1].load()
     config = last.config.data
-    found = [survey(last, plan, keep=kept)]
+    *names, name = names_of(checkpoints)
+    found = [survey(last, plan, keep=kept, name=name)]
     del last  # one model at a time
-    for checkpoint in checkpoints[-2::-1]:
-      others = {"against": kept, "words": False, "config": config}
-      found.insert(0, survey(checkpoint.load(), plan, **others))
+    others = {"against": kept, "words": False, "config": config}
+    for checkpoint, name in zip(checkpoints[-2::-1], names[::-1]):
+      found.insert(0, survey(checkpoint.load(), plan, name=name, **others))
   return found
 
 

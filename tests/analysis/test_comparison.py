@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 
 from moejax import analysis
-from moejax.analysis import surveys
+from moejax.analysis import lines as lines_of_charts
+from moejax.analysis import results, surveys
+from moejax.analysis.checkpoints import Checkpoint, names_of
 from moejax.checkpoint import StepWriter
 from moejax.checkpoint.leaves import describe
 from moejax.data.tokenizer import ByteTokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.models import Rows, init_variables
-from tests.analysis.small_model import E, K, config_of, make_run, make_texts
+from tests.analysis.small_model import K, config_of, make_run, make_texts
 
 
 def add_step(folder, step, seed):
@@ -92,7 +95,13 @@ def test_saturation_against_a_loop_over_tokens(place, plan):
       np.testing.assert_allclose(have, [np.mean(shared), same], rtol=1e-12)
   np.testing.assert_array_equal(result.share_ML[2], 1.0)
   assert result.share_ML[0].max() < 0.9
-  np.testing.assert_allclose(result.chance_ML, K / E, rtol=1e-12)
+  assert result.names_M == ("step 1", "step 3", "step 7")
+  for router in range(4):
+    mean = last[router].mean(0) / K  # each expert's share of the last choices
+    for m, (mine, _) in enumerate(chosen):
+      np.testing.assert_allclose(
+        result.chance_ML[m, router], mine[router].mean(0) @ mean, rtol=1e-12
+      )
 
 
 def test_a_checkpoint_is_saturated_with_itself(place, plan):
@@ -120,6 +129,26 @@ def test_all_runs_read_the_text_as_the_last_one_does(tmp_path, data):
   result = analysis.saturation(both)
   np.testing.assert_array_equal(result.share_ML, 1.0)
   np.testing.assert_array_equal(result.top_share_ML, 1.0)
+  # Of several runs the step says nothing: here both are at the same.
+  assert result.names_M == ("first", "last")
+  title = lines_of_charts.saturation_chart(result).title
+  assert title == "100\u00a0% of the routing of last is already that of first"
+  for found in (result, analysis.expert_load(both), analysis.entropy(both)):
+    table = results.columns(found)
+    assert set(table["checkpoint"]) == {"first", "last"}
+    assert len(set(table["step"])) == 1
+    figure = analysis.draw(found)  # with their names for steps
+    said = {t.get_text() for ax in figure.axes for t in ax.get_xticklabels()}
+    assert ("first" in said) == (found is result)
+
+
+def test_names_of_checkpoints():
+  one, other = Path("a/x"), Path("b/x")
+  at = lambda folder, step: Checkpoint(folder, step)
+  assert names_of([at(one, 1), at(one, 1000)]) == ["step 1", "step 1,000"]
+  assert names_of([at(one, 1), at(other, 1)]) == ["a/x", "b/x"]
+  both = [at(one, 1), at(one, 3), at(Path("b/seed_0"), 1)]
+  assert names_of(both) == ["x, step 1", "x, step 3", "b/seed_0"]
 
 
 @pytest.mark.parametrize(

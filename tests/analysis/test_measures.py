@@ -232,9 +232,10 @@ def test_a_mesh_counts_as_one_device_does(run_and_plan, found, mesh):
   jax.tree.map(np.testing.assert_array_equal, found.words, other.words)
 
 
-def random_choices(seed, L, N, number):
-  """Of experts drawn evenly and independently for each token."""
-  order = np.random.default_rng(seed).random((L, 1, N, E)).argsort(-1)
+def random_choices(seed, L, N, number, taste_E=0.0):
+  """Of experts drawn independently for each token; evenly without a taste."""
+  rng = np.random.default_rng(seed)
+  order = (rng.gumbel(size=(L, 1, N, E)) + taste_E).argsort(-1)[..., ::-1]
   chosen = np.zeros((L, 1, N, E), bool)
   np.put_along_axis(chosen, order[..., :number], True, axis=-1)
   return Choices(
@@ -273,7 +274,8 @@ def test_random_routing_is_at_chance(number):
   error = 5 * np.sqrt(chance * (1 - chance) / (N / E)) + 1e-9
   earlier = survey_of(made, overlap=overlap_of(made, other))
   result = analysis.saturation([earlier, last])
-  np.testing.assert_allclose(result.chance_ML, chance, rtol=1e-9)
+  # Loads of so many tokens are even to a few in a thousand, in both.
+  np.testing.assert_allclose(result.chance_ML, chance, rtol=1e-3)
   assert np.abs(result.share_ML[0] - chance).max() < error
   assert np.abs(result.top_share_ML[0] - 1 / E).max() < error
   domains = analysis.domain_specialisation(last)
@@ -306,10 +308,25 @@ def test_chance_of_saturation_is_that_of_the_earlier_ones_k(mine, theirs):
     survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
   ])  # fmt: skip
   chance_ML = np.array([[mine / E] * 2, [theirs / E] * 2])
-  np.testing.assert_allclose(result.chance_ML, chance_ML, rtol=1e-12)
+  np.testing.assert_allclose(result.chance_ML, chance_ML, rtol=1e-3)
   error = 5 * np.sqrt(mine / E * (1 - mine / E) / N)
   assert np.abs(result.share_ML[0] - result.chance_ML[0]).max() < error
-  np.testing.assert_allclose(result.top_chance_ML, 1 / E, rtol=1e-12)
+  np.testing.assert_allclose(result.top_chance_ML, 1 / E, rtol=1e-3)
+
+
+def test_chance_of_saturation_has_the_loads_of_both():
+  """Routers that know nothing of each other may prefer the same experts."""
+  N, taste_E = 20_000, np.linspace(0, 3, E)
+  made, other = (random_choices(seed, 2, N, 2, taste_E) for seed in (0, 7))
+  result = analysis.saturation([
+    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
+  ])  # fmt: skip
+  for share_ML, chance_ML, even in (
+    (result.share_ML, result.chance_ML, 2 / E),
+    (result.top_share_ML, result.top_chance_ML, 1 / E),
+  ):
+    assert chance_ML.min() > 1.3 * even
+    assert np.abs(share_ML[0] - chance_ML[0]).max() < 5 * np.sqrt(0.25 / N)
 
 
 def test_chance_of_a_best_expert_leaves_out_tokens_that_have_none():
@@ -328,7 +345,7 @@ def test_chance_of_a_best_expert_leaves_out_tokens_that_have_none():
     (result.share_ML, result.chance_ML),
     (result.top_share_ML, result.top_chance_ML),
   ):
-    np.testing.assert_allclose(chance_ML[0], 0.5 / E, rtol=1e-12)
+    np.testing.assert_allclose(chance_ML[0], 0.5 / E, rtol=1e-3)
     error = 5 * np.sqrt(0.5 / E / N)
     assert np.abs(share_ML[0] - chance_ML[0]).max() < error
 
