@@ -2,6 +2,7 @@
 """The host side of training: read, step, log, evaluate, save, in that order."""
 
 import contextlib
+import sys
 import time
 from typing import Any
 
@@ -54,7 +55,13 @@ class Loop:
     restored: Restored | None,
     held_out: HeldOut,
     profile: ProfileWindow | None = None,
+    end: int | None = None,
   ):
+    """Args: end: the last step, if that is not the run's; others: of the run.
+
+    Nothing happens before `run`.
+    """
+    self.end = config.train.num_steps if end is None else end
     self.dropped_noted = False
     self.config, self.models, self.tokenizer = config, models, tokenizer
     self.stores, self.checkpoints, self.files = stores, checkpoints, files
@@ -74,13 +81,13 @@ class Loop:
     self.times = dict.fromkeys(WAITS, 0.0)
 
   def run(self, programs: dict[Phase, Any], guard: PreemptionGuard) -> bool:
-    """Trains until the end or a signal; True if a signal came first.
+    """Trains until `end` or a signal; True if a signal came first.
 
     Args:
       programs: the compiled step of each phase that is left.
       guard: of signals.
     """
-    last = self.config.train.num_steps
+    last = self.end
     self.clock = time.perf_counter()
     with (
       RunLog(
@@ -112,7 +119,7 @@ class Loop:
     """Trains to the phase's end; True if a signal came first."""
     shards = shards_of(self.model, self.phase.config.train.batch_size)
     with self.stores.batches(self.phase, self.step, shards) as batches:
-      while self.step < self.phase.end:
+      while self.step < min(self.phase.end, self.end):
         with self._timed("input_wait"):
           batch = next(batches)
         self.profiler.before(self.step + 1)
@@ -306,7 +313,10 @@ class Loop:
         self._sample()
       self.files.publish()
     for problem in failed:
-      self.progress.message(f"step {self.step}: {problem}; training goes on")
+      said = f"step {self.step}: {problem}; training goes on"
+      self.progress.message(said)
+      if jax.process_index():  # nothing else of it is heard
+        print(f"process {jax.process_index()}: {said}", file=sys.stderr)
     if config.eval.task_errors != "stop":
       return
     if due != [VALIDATION] and not processes.all_true(not failed):

@@ -167,7 +167,8 @@ def matrix_axes(params: Any, adam: tuple[str, ...]) -> Any:
 
   By the letters of its name: `E` and axes that a scan stacked make matrices of
   their own, `w_q_DNH` is D by (N H), `w_o_NHD` is (N H) by D. None where it is
-  no matrix, and of parameters whose path matches one of `adam`.
+  no matrix, or one of a vector for each expert, and of parameters whose path
+  matches one of `adam`.
   """
 
   def axes(path: str, x: Any) -> optax.contrib.MuonDimensionNumbers | None:
@@ -179,6 +180,8 @@ def matrix_axes(params: Any, adam: tuple[str, ...]) -> Any:
     first = x.ndim - len(letters)  # after what was stacked
     kept = [first + i for i, name in enumerate(letters) if name != "E"]
     rows = 1 if letters.strip("E")[0] in "DFZ" else len(kept) - 1
+    if not 0 < rows < len(kept):
+      return None
     return optax.contrib.MuonDimensionNumbers(
       tuple(kept[:rows]), tuple(kept[rows:])
     )

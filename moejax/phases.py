@@ -46,7 +46,8 @@ def at_step(config: Config, step: Array) -> AtStep:
     for field in dataclasses.fields(LossWeights)
   }
   rope_H = None
-  models = [p.config.model for p in phases_of(config)]
+  # The model is that of the config itself, which no phase may share.
+  models = [config.model, *(p.config.model for p in phases_of(config))]
   if len({(m.rope_theta, m.rope_scaling) for m in models}) > 1:
     rope_H = _look_up(config, step, _frequencies)
   return AtStep(LossWeights(**weights), rope_H)

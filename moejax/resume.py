@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Going on with a run: what may have changed since, and what may not."""
 
+import dataclasses
 import itertools
 import os
 from typing import Any
@@ -68,7 +69,7 @@ def restore_or_none(
     source, step = branch_point(config.train.branch_from)
     checkpoints = CheckpointReader(runs.checkpoint_folder(source))
   meta = checkpoints.read_meta(step)
-  check_same_run(config, meta)
+  check_same_run(config, meta, branches=step is not None)
   theirs = meta["data"]
   # Of phases that had begun; one string where there were none yet.
   theirs = [theirs] if isinstance(theirs, str) else theirs
@@ -114,11 +115,19 @@ def branch_point(name: str) -> tuple[str, int]:
   return path, step
 
 
-def check_same_run(config: Config, meta: dict[str, Any]) -> None:
+def check_same_run(
+  config: Config, meta: dict[str, Any], branches: bool = False
+) -> None:
   """Refuses to go on with a config that would change what was trained.
 
   `train.num_steps` may grow as long as the learning rates of the steps already
   done stay what they were, and phases may change that have not begun.
+
+  Args:
+    config: to go on with.
+    meta: of the checkpoint.
+    branches: whether it is another run's; what that one began with is in its
+      state, and no part of the branch's config.
 
   Raises:
     CheckpointError: naming each key that differs.
@@ -126,6 +135,9 @@ def check_same_run(config: Config, meta: dict[str, Any]) -> None:
   # Options that came to be since the run began have their defaults, which are
   # what it did without them.
   stored = Config.from_dict(meta["config"])
+  if branches:
+    begun = dataclasses.replace(stored.train, init_from=config.train.init_from)
+    stored = dataclasses.replace(stored, train=begun)
   changed = [
     line
     for line in differences(stored.to_dict(), config.to_dict())

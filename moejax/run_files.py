@@ -69,6 +69,16 @@ class RunFiles:
     self.publish()
     self._lock.release()
 
+  def require_held(self) -> None:
+    """Makes sure that an address still is this run's.
+
+    Raises:
+      RunLockError: another run has taken it over.
+      StorageError: the store does not answer.
+    """
+    if self._first and self._address:
+      self._lock.require_held()
+
   def send(self) -> None:
     """Brings all files that changed to the store; any thread.
 

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ from moejax.models import (
 from moejax.models.transformer import boxed_variables
 from moejax.parallel import build_on_mesh, make_mesh, shardings
 from moejax.routing import home_of, resolve
-from moejax.run_files import CHECKPOINTS, fetched
+from moejax.run_files import CHECKPOINTS, RunFiles, fetched
 
 EMA = "ema"  # the item of a checkpoint that has averaged parameters
 PACKAGES = (
@@ -172,18 +171,16 @@ def read_tokenizer(
   return tokenizer
 
 
-def open_checkpoints(
-  workdir: str | os.PathLike,
-  config: Config,
-  before_commit: Callable[[], None] | None = None,
-) -> Checkpointer:
+def open_checkpoints(config: Config, files: RunFiles) -> Checkpointer:
+  """The writer of a run's checkpoints, which must hold the run's files."""
   c = config.checkpoint
   return Checkpointer(
-    checkpoint_folder(workdir),
+    checkpoint_folder(files.workdir),
     c.keep_last,
     c.keep_every,
-    before_commit,
+    files.send,
     c.timeout,
+    files.require_held,
   )
 
 
@@ -195,8 +192,8 @@ def abstract_variables(model: Transformer) -> Variables:
 
 
 def on_device(abstract: Any) -> Any:
-  """The abstract tree, placed whole on the first device."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  """The abstract tree, placed whole on this process's first device."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
     abstract,

@@ -20,7 +20,7 @@ import numpy as np
 from moejax import data as data_lib
 from moejax import goodput, runs
 from moejax.checkpoint import processes
-from moejax.cli import add_config_arguments, parse_config
+from moejax.cli import add_config_arguments, parse_config, whole_number
 from moejax.config import (
   Config,
   ParallelConfig,
@@ -79,14 +79,16 @@ def main(argv: list[str]) -> int:
     raise ConfigError("--workdir=DIR is missing: where the run shall live")
   with distributed.joined(args, args.workdir):
     # Each would train its own model in part, and nothing would look wrong.
-    mine = config.to_dict()
+    mine = config.to_dict() | {"--stop-at": args.stop_at}
     if changed := differences(processes.settings_of_first(mine), mine):
       raise ConfigError(
         f"not the settings of process 0: {'; '.join(changed[:3])}; start all "
         "with the same command"
       )
     profile = ProfileWindow.parse(args.profile) if args.profile else None
-    return train(config, args.workdir, not args.no_report, profile)
+    return train(
+      config, args.workdir, not args.no_report, profile, args.stop_at
+    )
 
 
 def train(
@@ -94,6 +96,7 @@ def train(
   workdir: str | os.PathLike,
   report: bool = True,
   profile: ProfileWindow | None = None,
+  stop_at: int | None = None,
 ) -> int:
   """Trains to `train.num_steps`, from the newest checkpoint if there is one.
 
@@ -102,6 +105,8 @@ def train(
     workdir: its folder.
     report: whether to draw its page at the end.
     profile: steps to look at with JAX's profiler.
+    stop_at: save and return after this step, if it comes before the end;
+      nothing else of the run depends on it.
 
   Returns:
     0 when finished, `EXIT_SAVED` when stopped by SIGTERM or SIGINT after
@@ -111,13 +116,18 @@ def train(
     UserError: anything that a person can fix; nothing is half-written.
   """
   first, began = jax.process_index() == 0, time.time()
+  end = last = config.train.num_steps
+  if stop_at is not None:
+    if stop_at < 1:
+      raise ConfigError(f"--stop-at={stop_at} must be a step, from 1 on")
+    end = min(stop_at, last)
   files = RunFiles(workdir, first)
   workdir = files.workdir
   keep_freed_memory()
   keep_programs()
   # Before anything is written: what is wrong with the data or the config.
   if profile is not None:
-    profile.require_before(config.train.num_steps)
+    profile.require_before(end)
   refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)
   stores = data_lib.PhasedStores.open(config, tokenizer)
@@ -127,14 +137,13 @@ def train(
       "or set eval.every=0"
     )
   held_out = HeldOut(config, tokenizer)
-  require_mesh_fits(config)
   mesh = make_mesh(config.parallel)
   model = build_on_mesh(config, mesh)
   shardings = state_shardings(config, model, mesh)
   abstract = abstract_state(config, model, shardings)
   check_state_fits(abstract)
   with files, PreemptionGuard() as guard:
-    with runs.open_checkpoints(workdir, config, files.send) as checkpoints:
+    with runs.open_checkpoints(config, files) as checkpoints:
       restored = restore_or_none(
         config, abstract, checkpoints, tokenizer, stores
       )
@@ -144,19 +153,22 @@ def train(
         else fresh_state(config, model, tokenizer, shardings)
       )
       start = int(state.step)
+      require_mesh_fits(config, start, end)
       if first and start and checkpoints.is_empty():
         _take_logs(config, files.folder)
       if profile is not None:
-        profile = profile.left(start, config.train.num_steps, workdir)
+        profile = profile.left(start, end, workdir)
       announce(config, model, stores, workdir, start)
-      if start >= config.train.num_steps:
-        print(f"already trained to step {start}; {how_to_go_on(config)}")
+      if start >= end:
+        more = f"--stop-at={stop_at} is no more than that"
+        more = more if end < last else how_to_go_on(config)
+        print(f"already trained to step {start}; {more}")
         if first:
           runs.write_files(files.folder, config, tokenizer)
         if report:
           _report(files.folder)
         return 0
-      left = [p for p in phases_of(config) if p.end > start]
+      left = [p for p in phases_of(config) if p.end > start and p.start < end]
       models = {p: build_on_mesh(p.config, mesh) for p in phases_of(config)}
       loop = Loop(
         config,
@@ -169,6 +181,7 @@ def train(
         restored,
         held_out,
         profile,
+        end,
       )
       # All of them now: the last phase is not to fail after a month.
       ready = time.time()
@@ -189,6 +202,9 @@ def train(
   if stopped:
     print(f"stopped at step {loop.step}, saved; run the same command to go on")
     return EXIT_SAVED
+  if end < last:
+    print(f"stopped at step {end} of {last}, saved; without --stop-at the same "
+          "command goes on")  # fmt: skip
   return 0
 
 
@@ -324,6 +340,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "--profile",
     metavar="FIRST:LAST",
     help="steps to record for TensorBoard or XProf, in DIR/profile",
+  )
+  add(
+    "--stop-at",
+    type=whole_number,
+    metavar="STEP",
+    help="save and end after this step; the same command without it goes on "
+    "(train.num_steps is the end of the learning rate's schedule too)",
   )
   add(
     "--no-report",

@@ -72,6 +72,17 @@ def test_matrices_move_as_by_muon_of_optax(mu_dtype):
       np.testing.assert_allclose(x, -y, rtol=1e-6, atol=1e-7, err_msg=path)
 
 
+def test_routers_and_their_further_projections_are_adams():
+  """`router_noise/w_DE` is a vector for each expert, and a router's."""
+  params = {"moe": {"w_router_DE": jnp.ones((4, 3)), "w_up_EDF": jnp.ones(
+    (3, 4, 2)), "router_noise": {"w_DE": jnp.ones((4, 3))}}}  # fmt: skip
+  adam = with_rates(name="muon", **MUON).optimizer.muon_adam
+  for patterns in (adam, ("w_router",)):
+    axes = _by_path(matrix_axes(params, patterns))
+    matrices = [path for path, found in axes.items() if found is not None]
+    assert matrices == ["moe/w_up_EDF"]
+
+
 def _by_path(tree):
   is_leaf = lambda x: x is None or isinstance(x, tuple)
   found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)

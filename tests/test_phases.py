@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from moejax.config import (
   default_config,
   phase_at,
   phases_of,
+  require_mesh_fits,
 )
 from moejax.data import PhasedStores, load_tokenizer, open_stores
 from moejax.errors import CheckpointError, ConfigError
@@ -147,7 +149,9 @@ def test_phases_that_set_nothing_change_nothing(place):
   none = [{"name": "a", "steps": 7}, {"name": "b", "steps": 5}, {"name": "c"}]
   runs = {"whole": [], "parts": none}
   for name, phases in runs.items():
-    config = config_of(phases, train__num_steps=20)
+    # Rows of a phase are no multiple of what this mixture repeats after.
+    mixture = {"data__weights": "9,1"}
+    config = config_of(phases, train__num_steps=20, **mixture)
     assert train(config, name, report=False) == 0
   whole, parts = (
     [json.loads(line) for line in lines(place / name)] for name in runs
@@ -191,9 +195,16 @@ STRETCHED = [
 ]
 
 
-@pytest.mark.parametrize("phases", [PHASES, STRETCHED])
-def test_a_phase_computes_what_its_config_says(phases):
+@pytest.mark.parametrize(
+  "phases, steps",
+  # To the end, and to that of a phase: those to come do not count.
+  [(PHASES, 0), (STRETCHED, 0), (STRETCHED, 5), (STRETCHED[1:], 0)],
+)
+def test_a_phase_computes_what_its_config_says(phases, steps):
   config = config_of(phases, model__rope_scaling="ntk(alpha=50.0)")
+  if steps:
+    train = dataclasses.replace(config.train, num_steps=steps)
+    config = dataclasses.replace(config, train=train)
   rng = np.random.default_rng(0)
   for phase in phases_of(config):
     B, T = phase.config.train.batch_size, phase.config.data.seq_len
@@ -329,11 +340,48 @@ def test_bad_branches(place, capsys, more, message):
   assert not (place / "bad" / "config.json").exists()
 
 
+def test_a_run_begun_with_weights_can_be_branched(place):
+  """What it began with is in its state, and no option of the branch."""
+  begun = {"train__init_from": "unbroken", "train__num_steps": 5}
+  assert train(config_of([], **begun), "begun", report=False) == 0
+  more = {"train__branch_from": "begun", "train__num_steps": 7}
+  assert train(config_of([], **more), "branched", report=False) == 0
+  assert len(lines(place / "branched")) == 7
+  with pytest.raises(CheckpointError, match=r"train.init_from: 'unb.*' -> ''"):
+    train(config_of([], train__num_steps=7), "begun", report=False)
+
+
+def test_a_launch_may_stop_on_the_way(place, unbroken, capsys):
+  """The end, and so the learning rate, is that of the whole run."""
+  args = ["train", *options(), "--workdir=halts", "--no-report"]
+  assert main([*args, "--stop-at=12"]) == 0
+  assert "stopped at step 12 of 30, saved; without" in capsys.readouterr().out
+  assert len(lines(place / "halts")) == 12
+  assert main([*args, "--stop-at=12"]) == 0
+  assert "already trained to step 12; --stop-at" in capsys.readouterr().out
+  assert main(args) == 0
+  assert_same_run(place / "halts", unbroken)
+  assert main([*args, "--stop-at=0"]) == 2
+  assert "--stop-at=0 must be a step" in capsys.readouterr().err
+
+
+def test_only_what_is_to_be_trained_now_must_fit_on_the_mesh():
+  config = config_of(parallel__data=4)  # the third phase has batches of two
+  for start, end in ((0, 15), (22, 30)):
+    require_mesh_fits(config, start, end)
+  for start, said in (
+    (0, "--stop-at=15, and"),
+    (15, "); use another --config"),
+  ):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+      require_mesh_fits(config, start, 30)
+
+
 def test_a_phase_that_the_mesh_does_not_divide(capsys):
-  more = {"parallel__data": 4}
+  more = {"parallel__data": 4, "parallel__tensor": 2, "model__vocab_size": 260}
   config = config_of(**more)  # planned and described all the same
   assert phases_of(config)[2].config.parallel.data == 1
   assert main(["train", *options(**more), "--workdir=mesh"]) == 2
   error = capsys.readouterr().err
   assert "phase long does not fit on this mesh" in error
-  assert "stop before it by train.num_steps=15" in error
+  assert "stop before it with --stop-at=15, and go on with another" in error

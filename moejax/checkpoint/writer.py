@@ -42,6 +42,7 @@ class Checkpointer(CheckpointReader):
     keep_every: int = 0,
     before_commit: Callable[[], None] | None = None,
     timeout: float = CheckpointConfig.timeout,
+    before_begin: Callable[[], None] | None = None,
   ):
     """Makes the folder and removes unfinished steps from it.
 
@@ -52,6 +53,9 @@ class Checkpointer(CheckpointReader):
       before_commit: called when all files of a step are written, by the first
         process, in the background; what it raises fails the save.
       timeout: seconds that a save may take.
+      before_begin: called before anything of a step is written, by the first
+        process; what it raises fails the save. What lies in the step's folder
+        stays if one of both raises: it may be another run's.
 
     Raises:
       CheckpointError: the folder cannot be made or written.
@@ -63,7 +67,8 @@ class Checkpointer(CheckpointReader):
     self._thread: threading.Thread | None = None
     self._error: CheckpointError | None = None
     self._commits = 0
-    self._before_commit = before_commit
+    self._before_begin, self._before_commit = before_begin, before_commit
+    self._may_remove = True
     self._timeout = timeout
     self._saving = 0, 0.0  # step, and when its save began
     arrays.load_orbax()
@@ -209,6 +214,7 @@ class Checkpointer(CheckpointReader):
     """Makes the step's folder with all but the arrays."""
 
     def write() -> None:
+      self._ask(self._before_begin)
       self._make_room(step)
       layout.begin(self._folder(step))
       files.write_text(self._folder(step) / META, meta)
@@ -260,8 +266,7 @@ class Checkpointer(CheckpointReader):
     if processes.is_first() and failure is None:
       try:
         digests = _collect_digests(folder)
-        if self._before_commit is not None:
-          self._before_commit()
+        self._ask(self._before_commit)
         layout.commit(folder, Manifest(step, table, digests).to_text())
         self._damaged.pop(step, None)
         self._retire(step)
@@ -275,12 +280,25 @@ class Checkpointer(CheckpointReader):
     self._damaged.pop(step, None)
     self._intact.add(step)
 
+  def _ask(self, hook: Callable[[], None] | None) -> None:
+    """Whether this run may still write here; if not, it may not remove either.
+
+    What lies there may be of the run that took the place over.
+    """
+    if hook is None:
+      return
+    try:
+      hook()
+    except BaseException:
+      self._may_remove = False
+      raise
+
   def _failed(
     self, step: int, needed: int, cause: BaseException
   ) -> CheckpointError:
     """Removes what there is of the step; returns the error to raise."""
     leftovers = ""
-    if processes.is_first():
+    if processes.is_first() and self._may_remove:
       try:
         layout.delete(self._folder(step))
       except OSError as e:

@@ -197,22 +197,28 @@ def with_phase(config: Config, phase: PhaseConfig) -> Config:
     return dataclasses.replace(config, **(changed | alone))
 
 
-def require_mesh_fits(config: Config) -> None:
-  """Refuses a run that reaches a phase which its mesh does not divide.
+def require_mesh_fits(config: Config, start: int, end: int) -> None:
+  """Refuses to reach a phase which the mesh does not divide.
+
+  Args:
+    config: of the run.
+    start, end: the steps before and after what is to be trained now.
 
   Raises:
     ConfigError: naming the phase, and where to stop before it.
   """
   for phase in phases_of(config):
+    if phase.end <= start or phase.start >= end:
+      continue
     if phase.config.parallel == config.parallel:
       continue
     try:
       dataclasses.replace(phase.config, parallel=config.parallel)
     except ConfigError as e:
+      advice = f"stop before it with --stop-at={phase.start}, and go on with "
       raise ConfigError(
-        f"phase {phase.name} does not fit on this mesh ({e}); stop before it "
-        f"by train.num_steps={phase.start}, and go on with another "
-        "--config.parallel"
+        f"phase {phase.name} does not fit on this mesh ({e}); "
+        f"{advice if phase.start > start else 'use '}another --config.parallel"
       ) from None
 
 

@@ -100,7 +100,7 @@ class OptimizerConfig:
     "batch over its noise scale (Hunyuan-Large: 0.26)",
   )
   muon_adam: tuple[str, ...] = option(
-    ("w_embed", "w_output", "w_router"),
+    ("w_embed", "w_output", "router"),
     "regular expressions of matrices that Adam moves when name is muon",
   )
 

@@ -131,7 +131,9 @@ class PhasedStores:
       if _stream_of(other) == _stream_of(phase):
         if other == phase:
           first_row = row
-        weights.append((row, stores.weights))
+        # Shares are exact from where weights change, so not anew in between.
+        if not weights or weights[-1][1] != stores.weights:
+          weights.append((row, stores.weights))
         row += (other.end - other.start) * other.config.train.batch_size
     exhausted = self.config.data.exhausted
     if exhausted == "repeat":

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Curves over steps: loss, learning rate, gradients, speed and time."""
 
+import re
 from typing import Any
 
 import numpy as np
@@ -343,6 +344,6 @@ def metric_chart(run: RunData, key: str) -> Chart | None:
     draw_noisy(ax, run.metrics.steps, run.metrics[key], "blue", key)
 
   last = last_mean(run.metrics.steps, run.metrics[key])
-  name = key.replace("/", "_")
+  name = re.sub(r"[^\w.-]+", "_", key)  # of files and of elements
   return Chart(name, f"{key} ended at {number(last)}",
                f"{key}: every step (faint), running mean.", draw)  # fmt: skip

@@ -106,8 +106,9 @@ def card(chart: Chart) -> str:
       f'<div class="narrow">{_svg(chart, narrow=True)}</div>'
     )
   return (
-    f'<section class="card {kind}" id="{chart.name}"><h3>{escape(chart.title)}'
-    f'</h3><p class="note">{escape(chart.note)}</p>{pictures}</section>'
+    f'<section class="card {kind}" id="{escape(chart.name)}">'
+    f'<h3>{escape(chart.title)}</h3><p class="note">{escape(chart.note)}</p>'
+    f"{pictures}</section>"
   )
 
 

@@ -20,6 +20,7 @@ from moejax.checkpoint import (
   state_digest,
 )
 from moejax.errors import CheckpointError, StuckError
+from moejax.runlock import RunLockError
 
 MB = 1 << 20
 
@@ -242,3 +243,24 @@ def test_everything_is_on_the_disk_before_the_step_exists(
       assert str(path) in before_commit
   assert str(tmp_path / "1/manifest.json.tmp") in before_commit
   assert str(tmp_path) in synced and str(tmp_path / "1") in synced
+
+
+@pytest.mark.parametrize("hook", ["before_begin", "before_commit"])
+def test_a_run_that_lost_its_place_removes_nothing(tmp_path, hook):
+  """What lies there may be of the run that has taken the place over."""
+  theirs = tmp_path / "2" / "theirs"
+
+  def held():
+    if (tmp_path / "1").exists():
+      theirs.parent.mkdir(exist_ok=True)
+      theirs.write_text("x")
+      raise RunLockError("another run has it")
+
+  ckpt = Checkpointer(tmp_path, keep_last=5)
+  save_and_wait(ckpt, 1)
+  ckpt.close()
+  ckpt = Checkpointer(tmp_path, keep_last=5, **{hook: held})
+  with pytest.raises(CheckpointError, match="another run has it"):
+    save_and_wait(ckpt, 2)
+  assert theirs.read_text() == "x"
+  assert CheckpointReader(tmp_path).latest() == 1

@@ -138,7 +138,7 @@ def counted(config):
   try:
     count(config.model)
     schedule_stretches(config)
-    require_mesh_fits(config)
+    require_mesh_fits(config, 0, config.train.num_steps)
   except ConfigError as e:
     one_line(e)
 

@@ -69,6 +69,23 @@ def test_a_task_that_raises_on_one_of_them(place, process):
   assert CheckpointReader(place / run / "checkpoints").latest() == 7
 
 
+def test_all_begin_with_weights_and_hear_of_any_ones_task(place, unbroken):
+  """Of a run of one process, each reads what its own devices hold."""
+  options = [
+    f"--config.train.init_from={unbroken}", "--config.train.num_steps=15",
+    *faulty.option(3, "raise_on", "1"), "--config.eval.task_errors=note",
+  ]  # fmt: skip
+  done = finish(start(place, 2, "begun", *TWO, *options))
+  assert [status for status, *_ in done] == [0, 0], done
+  said = "process 1: step 3: task fault raised ValueError"
+  assert said in done[1][2] and "task fault" not in done[0][1]
+  first = [
+    json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for run in (place / "begun", unbroken)
+  ]
+  assert first[0]["loss/xent"] < 0.8 * first[1]["loss/xent"]
+
+
 def test_rows_of_a_skipped_step_are_those_of_all(place):
   (place / "breaking.py").write_text(ROUTER)
   options = [

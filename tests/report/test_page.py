@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: whole, alone, safe, and made of whatever a run has."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -11,7 +12,9 @@ import pytest
 
 from moejax.errors import DataError, UserError
 from moejax.report import load_run_data, main, make_charts, write_report
-from moejax.report.page import escape, render
+from moejax.report.curves import metric_chart
+from moejax.report.page import card, escape, render
+from moejax.report.rundata import Table
 from moejax.report.style import DARK, LIGHT
 from tests.report.synthetic import loss
 
@@ -195,6 +198,18 @@ def test_names_are_escaped(make_run):
   page = Page(rendered(folder))
   assert "<b>&x" in "".join(page.text["h1"]) and "b" not in page.tags
   assert escape("'\"") == "&#x27;&quot;"
+
+
+def test_names_of_metrics_are_no_tags():
+  """A run's folder from elsewhere is opened by whoever looks at its report."""
+  key = 'x"><img src=y onerror=alert(1)>\x00/../..'
+  values = {key: np.arange(4.0)}
+  run = dataclasses.make_dataclass("Run", ["metrics", "last_step"])(
+    Table(np.arange(1, 5), values), 4
+  )
+  chart = metric_chart(run, key)
+  assert re.fullmatch(r"[\w.-]+", chart.name)
+  assert "img" not in Page(card(chart)).tags
 
 
 def test_run_that_goes_on(make_run):
