@@ -12,10 +12,11 @@ from moejax import cli
 from moejax.config import Config
 from moejax.errors import UserError
 from moejax.files import write_atomically
-from moejax.models import count, train_flops_per_token
+from moejax.models import count
 from moejax.progress import progress_bar
 from moejax.scaling.fit import RESAMPLES, ScalingFit, fit_points
 from moejax.scaling.laws import SIX_ND, hunyuan_large_flops
+from moejax.scaling.lengths import row_lengths, tokens_and_flops
 from moejax.scaling.points import COUNTS, read_points, to_csv
 from moejax.scaling.sweep import plan_points
 from moejax.scaling.sweep_file import require_writable, write_sweep
@@ -165,10 +166,9 @@ def _points(
 def _flops(config: Config) -> int:
   """Prints FLOPs per token and of the run, by each count."""
   active = count(config.model).num_active_params
-  tokens = (
-    config.train.num_steps * config.train.batch_size * config.data.seq_len
-  )
-  own = train_flops_per_token(config.model, config.data.seq_len)
+  tokens, whole = tokens_and_flops(config)
+  own = whole / tokens  # of a token, in the mean over phases
+  lengths = " and ".join(f"{length:,}" for length in row_lengths(config))
   rows = {
     "the config's own": own,
     "6 N D": SIX_ND.flops(active, 1),
@@ -176,7 +176,7 @@ def _flops(config: Config) -> int:
   }
   print(
     f"N = {active:,} active parameters, D = {tokens:,} tokens of the run, in "
-    f"rows of {config.data.seq_len:,}\n"
+    f"rows of {lengths}\n"
   )
   print(f"{'count':<22}{'a token':>12}{'the run':>12}{'ratio':>8}")
   for name, flops in rows.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import differences
+from moejax.config import Config, differences
 from moejax.errors import DataError
 from moejax.report.rundata import (
   ALIKE,
@@ -24,6 +24,7 @@ from moejax.report.rundata import (
   other_text,
 )
 from moejax.scaling.laws import SIX_ND, ComputeLaw
+from moejax.scaling.lengths import tokens_and_flops
 from moejax.scaling.sizes import SIZE_OPTIONS
 
 # N as the table's column of it is called.
@@ -200,11 +201,8 @@ def _point_of(run: RunData, path: Path, params: str) -> dict[str, Any]:
   try:
     found = {
       "params": run.record["num_active_params"],
-      "flops": run.record["flops_per_token"],
-      "tokens": steps * config["train"]["batch_size"]
-      * config["data"]["seq_len"],
       "loss": float(evaluations[VALIDATION][-1]),
-    }  # fmt: skip
+    } | _length_of(run.record)  # fmt: skip
     if params == "non-embedding":
       table = model["vocab_size"] * model["d_model"]
       found["params"] -= table * (1 if model["tie_embeddings"] else 2)
@@ -216,8 +214,18 @@ def _point_of(run: RunData, path: Path, params: str) -> dict[str, Any]:
     raise DataError(
       f"{path}: its validation loss is {found['loss']}; leave it out"
     )
-  found["flops"] *= found["tokens"]
   return found | {"name": run.name}
+
+
+def _length_of(record: dict[str, Any]) -> dict[str, float]:
+  """Tokens and FLOPs of the run that a config.json is of."""
+  config = record["config"]
+  if config["train"]["phases"]:
+    tokens, flops = tokens_and_flops(Config.from_dict(config))
+    return {"tokens": tokens, "flops": flops}
+  tokens = config["train"]["num_steps"] * config["train"]["batch_size"]
+  tokens *= config["data"]["seq_len"]
+  return {"tokens": tokens, "flops": record["flops_per_token"] * tokens}
 
 
 def _check_comparable(runs: list[RunData]) -> list[str]:

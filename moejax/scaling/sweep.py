@@ -79,8 +79,16 @@ def plan_points(
   Raises:
     UserError: a size that the family has not, two that are one, budgets that
       give the same steps, or fewer than FEWEST_STEPS of them.
-    ConfigError: a point that the config's other options do not allow.
+    ConfigError: a point that the config's other options do not allow, or a
+      config with phases, whose lengths are no shares of the run.
   """
+  if config.train.phases:
+    names = ", ".join(phase.name for phase in config.train.phases)
+    raise ConfigError(
+      f"the config has phases ({names}) of lengths of their own, and runs of "
+      "other lengths would not have the same schedule; plan them without, by "
+      "--config.train.phases='[]' and what shall hold of a phase"
+    )
   budgets = sorted(budgets)
   found: list[Size] = []
   for wanted in sorted(sizes):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from moejax.config import phases_of
 from moejax.errors import UserError
 from moejax.files import write_atomically
 from moejax.progress import format_count, format_seconds
@@ -50,8 +51,9 @@ def _facts(comparison: Comparison) -> str:
   configs = [run.planned.config for run in runs]
   steps = _range([c.train.num_steps for c in configs], "{:,}".format)
   tokens = _range(
-    [c.train.batch_size * c.data.seq_len for c in configs], format_count
-  )
+    [p.config.train.batch_size * p.config.data.seq_len
+     for c in configs for p in phases_of(c)], format_count,
+  )  # fmt: skip
   seeds = sorted({run.planned.seed for run in runs})
   lost = sum(len(p.runs) - len(p.losses) for p in comparison.points
              if p.diverged)  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import DataError
+from moejax.models import train_flops_per_token
 from moejax.scaling import ComputeLaw, LossLaw, read_points
 from moejax.scaling.points import compute_law, to_csv
 from tests.report.synthetic import Recipe, loss, write_run
@@ -32,6 +33,22 @@ def test_a_run_is_a_point(tmp_path):
   assert points.flops.tolist() == [2.7e7 * tokens]
   assert points.loss == pytest.approx([loss(40) + 0.1], rel=1e-6)
   assert points.notes == ()
+
+
+def test_a_run_of_phases_is_added_up(tmp_path):
+  """Ten steps of four rows of 512, then thirty of 32 rows of 1024."""
+  write_run(tmp_path / "a", Recipe())
+  short = {"data.seq_len": 512, "train.batch_size": 4}
+  edit_config(tmp_path / "a", "train", "phases", [
+    {"name": "short", "steps": 10, "options": short}, {"name": "whole"},
+  ])  # fmt: skip
+  points = read_points([str(tmp_path / "a")])
+  first, rest = 10 * 4 * 512, 30 * 32 * 1024
+  assert points.tokens.tolist() == [first + rest]
+  model = Recipe().config().model
+  flops = first * train_flops_per_token(model, 512)
+  flops += rest * train_flops_per_token(model, 1024)
+  np.testing.assert_allclose(points.flops, [flops], rtol=1e-12)
 
 
 def test_a_run_without_its_embedding_tables(tmp_path):

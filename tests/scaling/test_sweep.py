@@ -16,6 +16,7 @@ from moejax.scaling.sweep import _names
 CONFIGS = Path(__file__).parents[2] / "configs"
 SYSTEMS = sorted(path.stem for path in CONFIGS.glob("*.py"))
 TINY = str(CONFIGS / "tiny.py")
+ONE_PHASE = "--config.train.phases=[]"
 SIZES = [2e5, 4e5, 8e5, 1.6e6, 3.2e6]
 
 
@@ -135,6 +136,15 @@ def test_schedules_of_all_lengths_have_one_shape():
     assert decay == pytest.approx(0.2 * point.steps, abs=1)
 
 
+def test_phases_have_lengths_of_their_own():
+  config = read("olmoe_1b_7b")
+  with pytest.raises(ConfigError, match=r"phases \(main, .*\) of lengths"):
+    plan_points(config, [1e19], [1e8])
+  without = read("olmoe_1b_7b", ONE_PHASE)
+  (point,) = plan_points(without, [1e19], [1e8])
+  assert point.flops == pytest.approx(1e19, rel=0.05)
+
+
 SCHEDULE = "--config.optimizer.schedule."
 
 
@@ -196,7 +206,7 @@ def test_each_size_found_is_progress():
 
 def test_a_size_that_the_tables_alone_exceed():
   with pytest.raises(UserError, match="no size of this config has 2e[+]05"):
-    plan_points(read("olmoe_1b_7b"), [1e18], [2e5])
+    plan_points(read("olmoe_1b_7b", ONE_PHASE), [1e18], [2e5])
 
 
 def test_two_sizes_that_are_one_model():
@@ -215,6 +225,6 @@ def test_a_budget_of_no_steps_names_a_batch_that_fits():
 
 
 def test_a_size_that_devices_cannot_split_is_named():
-  config = read("olmoe_1b_7b", "--config.parallel.tensor=16")
+  config = read("olmoe_1b_7b", ONE_PHASE, "--config.parallel.tensor=16")
   with pytest.raises(ConfigError, match="point c1e20-n9.* does not divide by"):
     plan_points(config, [1e20], [1e8])
