@@ -57,10 +57,7 @@ class Loop:
     profile: ProfileWindow | None = None,
     end: int | None = None,
   ):
-    """Args: end: the last step, if that is not the run's; others: of the run.
-
-    Nothing happens before `run`.
-    """
+    """Args: end: the last step, if not the run's own; all others are its."""
     self.end = config.train.num_steps if end is None else end
     self.dropped_noted = False
     self.config, self.models, self.tokenizer = config, models, tokenizer

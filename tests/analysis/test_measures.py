@@ -262,6 +262,11 @@ def survey_of(made, ids=None, overlap=None):
   return Survey(0, names, E, domains, words, overlap)
 
 
+def saturation_of(made, last):
+  earlier = survey_of(made, overlap=overlap_of(made, last))
+  return analysis.saturation([earlier, survey_of(last)])
+
+
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_random_routing_is_at_chance(number):
   """Within five standard errors of 20,000 tokens, 2,000 ids of ten each."""
@@ -304,9 +309,7 @@ def test_chance_of_saturation_is_that_of_the_earlier_ones_k(mine, theirs):
     random_choices(seed, 2, N, number)
     for seed, number in ((0, mine), (7, theirs))
   )
-  result = analysis.saturation([
-    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
-  ])  # fmt: skip
+  result = saturation_of(made, other)
   chance_ML = np.array([[mine / E] * 2, [theirs / E] * 2])
   np.testing.assert_allclose(result.chance_ML, chance_ML, rtol=1e-3)
   error = 5 * np.sqrt(mine / E * (1 - mine / E) / N)
@@ -318,9 +321,7 @@ def test_chance_of_saturation_has_the_loads_of_both():
   """Routers that know nothing of each other may prefer the same experts."""
   N, taste_E = 20_000, np.linspace(0, 3, E)
   made, other = (random_choices(seed, 2, N, 2, taste_E) for seed in (0, 7))
-  result = analysis.saturation([
-    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
-  ])  # fmt: skip
+  result = saturation_of(made, other)
   for share_ML, chance_ML, even in (
     (result.share_ML, result.chance_ML, 2 / E),
     (result.top_share_ML, result.top_chance_ML, 1 / E),
@@ -338,9 +339,7 @@ def test_chance_of_a_best_expert_leaves_out_tokens_that_have_none():
     chosen_BTE=made.chosen_BTE & some[..., None],
     top_BT=jnp.where(some, made.top_BT, E),
   )
-  result = analysis.saturation([
-    survey_of(made, overlap=overlap_of(made, other)), survey_of(other)
-  ])  # fmt: skip
+  result = saturation_of(made, other)
   for share_ML, chance_ML in (
     (result.share_ML, result.chance_ML),
     (result.top_share_ML, result.top_chance_ML),
