@@ -305,10 +305,7 @@ def test_random_routing_is_at_chance(number):
 def test_chance_of_saturation_is_that_of_the_earlier_ones_k(mine, theirs):
   """Of the last one's experts, a blind router with four of six has 4/6."""
   N = 20_000
-  made, other = (
-    random_choices(seed, 2, N, number)
-    for seed, number in ((0, mine), (7, theirs))
-  )
+  made, other = random_choices(0, 2, N, mine), random_choices(7, 2, N, theirs)
   result = saturation_of(made, other)
   chance_ML = np.array([[mine / E] * 2, [theirs / E] * 2])
   np.testing.assert_allclose(result.chance_ML, chance_ML, rtol=1e-3)
