@@ -67,13 +67,18 @@ def validation_batches(
   Which rows these are does not depend on `train.accumulation_steps`.
   """
   size = config.eval.batch_size or config.train.batch_size
-  micro = size
-  if not config.eval.batch_size:
-    micro //= config.train.accumulation_steps
+  micro = micro_rows(config)
   return data_lib.validation_batches(
     stores, micro, num_batches * size // micro, split=split,
     shards=shards_of(model, micro), timeout=config.data.timeout,
   )  # fmt: skip
+
+
+def micro_rows(config: Config) -> int:
+  """Rows that are evaluated at a time: as many as are trained on at a time."""
+  if config.eval.batch_size:
+    return config.eval.batch_size
+  return config.train.batch_size // config.train.accumulation_steps
 
 
 def evaluate_batches(
@@ -104,7 +109,7 @@ def evaluate_batches(
     )
     xent += float(sums.xent)
     tokens += float(sums.tokens)
-    num_bytes += tokenizer.count_bytes(batch["targets"][batch["loss_mask"]])
+    num_bytes += count_bytes(batch, batch["loss_mask"], tokenizer)
     if names:
       bytes_U = _bytes_by_source(batch, tokenizer, len(names))
       by_source += np.stack([sums.xent_U, sums.tokens_U, bytes_U])
@@ -133,14 +138,28 @@ def evaluate_batches(
   return values
 
 
+def count_bytes(
+  batch: dict[str, np.ndarray], mask_BT: np.ndarray, tokenizer: Tokenizer
+) -> int:
+  """UTF-8 bytes of the targets under a mask, as their text has them.
+
+  Without what the tokenizer puts before a text, after the token that begins it.
+  """
+  targets_BT, tokens_BT = batch["targets"], batch["tokens"]
+  found = tokenizer.count_bytes(targets_BT[mask_BT])
+  if tokenizer.bos_id is None or not tokenizer.invented_bytes:
+    return found
+  begun_BT = mask_BT & (tokens_BT == tokenizer.bos_id)
+  begun_BT &= targets_BT != tokenizer.eos_id  # an empty one
+  return found - tokenizer.invented_bytes * int(begun_BT.sum())
+
+
 def _bytes_by_source(
   batch: dict[str, np.ndarray], tokenizer: Tokenizer, count: int
 ) -> list[int]:
   """Bytes of the targets of each source's rows."""
   of_source = lambda s: batch["loss_mask"] & (batch["source_ids"] == s)
-  return [
-    tokenizer.count_bytes(batch["targets"][of_source(s)]) for s in range(count)
-  ]
+  return [count_bytes(batch, of_source(s), tokenizer) for s in range(count)]
 
 
 def _shown(batches: Iterable[Any]) -> Iterator[Any]:
@@ -169,7 +188,8 @@ def main(argv: list[str]) -> int:
   add("workdir", help="folder of a run")
   add("--data", action="append", help="file, folder or glob of text")
   add("--step", type=int, help="checkpoint step (default: the newest)")
-  add("--num-batches", type=int, help="most batches (default: the config's)")
+  add("--num-batches", type=int, help="most batches (default: the config's; "
+      "of --data all)")  # fmt: skip
   add("--json", action="store_true", help="print one JSON object")
   add("--ema", action="store_true", help="the moving average of the weights")
   args = parser.parse_args(argv)
@@ -179,10 +199,10 @@ def main(argv: list[str]) -> int:
     raise ConfigError(f"--num-batches={args.num_batches} must be positive")
   names: tuple[str, ...] = ()
   if args.data:
-    size = config.eval.batch_size or config.train.batch_size
     batches = data_lib.file_batches(
-      args.data, run.tokenizer, config.data, size, args.num_batches
-    )
+      args.data, run.tokenizer, config.data, micro_rows(config),
+      args.num_batches,
+    )  # fmt: skip
   else:
     stores = data_lib.open_stores(config.data, run.tokenizer)
     batches = validation_batches(

@@ -62,7 +62,7 @@ def generate(
     model, variables, ids, max_new_tokens, sampling, jax.random.key(seed),
     stop_ids=(tokenizer.eos_id,), on_tokens=on_tokens,
   )  # fmt: skip
-  return [tokenizer.decode(tokens) for tokens in out]
+  return [tokenizer.decode_after(*pair) for pair in zip(ids, out, strict=True)]
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -266,7 +266,8 @@ class _Stream:
   """Prints one row's text as it comes, whole characters at a time."""
 
   def __init__(self, tokenizer: Tokenizer, prompts: Sequence[str]):
-    self._decoder = tokenizer.stream_decoder()
+    before = prompt_tokens(tokenizer, prompts[0])
+    self._decoder = tokenizer.stream_decoder(before)
     self._write(prompts[0])
 
   def __call__(self, tokens: list[int | None]) -> None:

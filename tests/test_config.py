@@ -48,6 +48,10 @@ def test_every_option_is_documented_and_listed_once():
     ("data.sources", "a.txt,b/*.md", ("a.txt", "b/*.md")),
     ("data.weights", "(0.25, 1)", (0.25, 1.0)),
     ("data.weights", "", ()),
+    # Brackets of a pattern are not those of the list.
+    ("optimizer.no_decay", "[qk]_norm", ("[qk]_norm",)),
+    ("optimizer.no_decay", "[qk]_norm,w_[ab]", ("[qk]_norm", "w_[ab]")),
+    ("optimizer.no_decay", "['[qk]_norm', 'x']", ("[qk]_norm", "x")),
     ("model.moe.router", "top_k(k=2, score='sigmoid')",
      "top_k(k=2, score='sigmoid')"),
   ],

@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import types
@@ -175,8 +176,7 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
     element = typing.get_args(kind)[0]
     if dataclasses.is_dataclass(element):
       return check_type(kind, _parse_json_list(text, path), path)
-    parts = text.strip("()[] ").split(",")
-    parts = [part.strip(" '\"") for part in parts]
+    parts = [part.strip(" '\"") for part in _inside(text).split(",")]
     return tuple(_parse_text(element, p, path) for p in parts if p)
   if kind is bool:
     if text.lower() not in ("true", "false"):
@@ -186,6 +186,18 @@ def _parse_text(kind: Any, text: str, path: str) -> Any:
     return kind(text)
   except ValueError:
     raise ConfigError(f"{path}={text!r} must be {kind.__name__}") from None
+
+
+def _inside(text: str) -> str:
+  """What is in the brackets of a whole list; those of a pattern stay."""
+  text = text.strip()
+  for first, last in ("()", "[]"):
+    if text.startswith(first) and text.endswith(last):
+      depths = itertools.accumulate(
+        (c == first) - (c == last) for c in text[1:-1]
+      )
+      return text[1:-1] if min(depths, default=0) >= 0 else text
+  return text
 
 
 def _parse_json_list(text: str, path: str) -> Any:

@@ -85,10 +85,11 @@ def _moe(prefix: str, config: ModelConfig, path) -> Iterable[Rule]:
     f"{prefix}.gate.e_score_correction_bias", (E,),
     ("router_state", *path[1:], NAME),
   )  # fmt: skip
-  yield from rules.mlp(
-    f"{prefix}.shared_experts", moe.num_shared_experts * moe.d_expert, config,
-    (*path, "shared"),
-  )  # fmt: skip
+  if moe.num_shared_experts:
+    yield from rules.mlp(
+      f"{prefix}.shared_experts", moe.num_shared_experts * moe.d_expert,
+      config, (*path, "shared"),
+    )  # fmt: skip
   yield from rules.gated_experts(
     f"{prefix}.experts", "gate_proj", "up_proj", "down_proj", config, path
   )

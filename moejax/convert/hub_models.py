@@ -138,8 +138,12 @@ def hunyuan_v1_moe(hub: HubConfig) -> dict[str, Any]:
 
 
 def hunyuan_large(hub: HubConfig) -> dict[str, Any]:
-  """Keys and values shared over `cla_share_factor` layers; top-1 as it is."""
-  values = _hunyuan(hub, renormalize=False)
+  """Keys and values shared over `cla_share_factor` layers.
+
+  Its code renormalises the weights of two experts and more, and leaves that of
+  the one it was published with.
+  """
+  values = _hunyuan(hub, renormalize=_one(hub, "moe_topk") > 1)
   factor = hub.size("cla_share_factor", default=2)
   if not hub.flag("use_cla", default=False):
     return values

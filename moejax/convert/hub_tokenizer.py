@@ -20,7 +20,10 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def write_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
-  """Writes tokenizer.json, its config and the ids that generation needs."""
+  """Writes tokenizer.json, its config and the ids that generation needs.
+
+  Of the two latter only those that are not there: the hub's own say more.
+  """
   if isinstance(tokenizer, ByteTokenizer):
     write_atomically(target / "tokenizer.json", byte_tokenizer_json())
   else:
@@ -31,8 +34,11 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path) -> None:
   ids = {k: i for k, i in special_ids(tokenizer).items() if i is not None}
   names = {k.removesuffix("_id"): words.id_to_token(i) for k, i in ids.items()}
   config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-  _write_json(target / "tokenizer_config.json", config)
-  _write_json(target / "generation_config.json", ids)
+  for name, values in (
+    ("tokenizer_config.json", config), ("generation_config.json", ids),
+  ):  # fmt: skip
+    if not (target / name).exists():
+      _write_json(target / name, values)
 
 
 def _spelling() -> dict[int, str]:

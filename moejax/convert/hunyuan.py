@@ -29,11 +29,12 @@ def hunyuan(config: ModelConfig) -> Iterable[Rule]:
     yield rules.linear(
       f"{prefix}.mlp.gate.wg.weight", (*moe, "w_router_DE"), (D, E), 1
     )
-    yield from rules.mlp(
-      f"{prefix}.mlp.shared_mlp",
-      config.moe.num_shared_experts * config.moe.d_expert, config,
-      (*moe, "shared"),
-    )  # fmt: skip
+    if config.moe.num_shared_experts:
+      yield from rules.mlp(
+        f"{prefix}.mlp.shared_mlp",
+        config.moe.num_shared_experts * config.moe.d_expert, config,
+        (*moe, "shared"),
+      )  # fmt: skip
     yield from rules.gated_experts(
       f"{prefix}.mlp.experts", "gate_proj", "up_proj", "down_proj", config, moe
     )

@@ -24,7 +24,7 @@ from moejax.convert.hub_files import Entry
 from moejax.convert.hub_tokenizer import special_ids, write_tokenizer
 from moejax.convert.load import FAMILIES, Family
 from moejax.convert.rules import Rule
-from moejax.data.tokenizer import Tokenizer
+from moejax.data.tokenizer import Tokenizer, load_tokenizer
 from moejax.errors import ConfigError, DataError, UserError
 from moejax.files import write_atomically
 from moejax.models import Variables
@@ -33,6 +33,7 @@ from moejax.progress import format_bytes, progress_bar
 ITEMS = ("params", "router_state")
 SHARD_BYTES = 5_000_000_000  # the hub's own custom
 JOURNAL = "unfinished_export.json"
+MEMORY = "memory"  # where an export is from that is of no run
 
 
 def to_hf(
@@ -122,7 +123,7 @@ def save_hf(
   name, values = hub_values(config, tokenizer, None, family)
   leaves = TreeReader(variables)
   export = Export(Path(target), name, values, config, leaves, dtype)
-  export.write(tokenizer, None, {"from": "memory"}, shard_bytes)
+  export.write(tokenizer, None, {"from": MEMORY}, shard_bytes)
 
 
 class TreeReader:
@@ -170,7 +171,10 @@ class Export:
       for rule in FAMILIES[self.family].rules(self.model)
     ]
     shards = _shards(entries, shard_bytes)
-    mark |= {"dtype": str(self.dtype), "shards": len(shards)}
+    mark |= {
+      "dtype": str(self.dtype), "family": self.family, "shards": len(shards),
+      "shard_bytes": shard_bytes,
+    }  # fmt: skip
     target = self.target
     try:
       _begin(target, mark)
@@ -294,7 +298,11 @@ def _begin(target: Path, mark: dict[str, Any]) -> None:
   inside = sorted(path.name for path in target.iterdir())
   if JOURNAL in inside:
     begun = hub_files.read_json(target / JOURNAL)
-    if begun != mark:
+    if begun["from"] == mark["from"] == MEMORY:
+      # Nothing tells whether these still are the weights.
+      for path in target.glob("*.safetensors"):
+        path.unlink()
+    elif begun != mark:
       raise DataError(
         f"{target} holds an unfinished export of {begun}; delete it or use "
         "another folder"
@@ -337,8 +345,18 @@ def _write_tokenizer(
   """The tokenizer's files, the hub's own if the model came from there."""
   if carried is not None and carried.is_dir():
     hub_files.copy_carried(carried, target)
-  if not (target / "tokenizer.json").exists():
+  if not _is_of(target / "tokenizer.json", words):
     write_tokenizer(words, target)
+
+
+def _is_of(path: Path, words: Tokenizer) -> bool:
+  """Whether the hub's file is the tokenizer that the run was made with."""
+  if not path.exists():
+    return False
+  try:
+    return load_tokenizer(path).digest == words.digest
+  except DataError:  # a run that named another, as this one is of no use
+    return False
 
 
 def _stamped(values: dict[str, Any], entries) -> dict[str, Any]:

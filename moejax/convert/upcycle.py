@@ -23,7 +23,7 @@ from moejax import runs
 from moejax.checkpoint import CheckpointReader, LeafReader, StepWriter
 from moejax.checkpoint.leaves import Leaf, describe, named_leaves
 from moejax.checkpoint.manifest import NAME as MANIFEST
-from moejax.config import Config, ModelConfig, differences
+from moejax.config import Config, ModelConfig, config_after, differences
 from moejax.convert.from_hf import (
   STEP,
   converted_meta,
@@ -110,12 +110,13 @@ def upcycle(
       target that holds something else, or a disk that is full.
   """
   source, target = Path(source), Path(target)
-  dense = runs.read_config(source).model
+  trained = runs.read_config(source)
+  checkpoints = CheckpointReader(runs.checkpoint_folder(source))
+  found, meta, leaves = checkpoints.open_leaves(("params",), step)
+  dense = config_after(trained, found).model  # RoPE's is that of its phase
   require_fit(source, dense, config.model, recipe.granularity)
   weights = SliceWeights.of(config.model, recipe.granularity)
   _require_free(target)
-  checkpoints = CheckpointReader(runs.checkpoint_folder(source))
-  found, meta, leaves = checkpoints.open_leaves(("params",), step)
   words = runs.read_tokenizer(source, meta)
   manifest = runs.checkpoint_folder(source) / str(found) / MANIFEST
   config = dataclasses.replace(

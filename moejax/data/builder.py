@@ -108,9 +108,10 @@ def _prepare_source(
   if config.validation_fraction and "validation" not in manifest["splits"]:
     say(
       f"{spec}: none of its {manifest['documents']} documents fell into "
-      "validation (a text file is one document); for an evaluation split the "
-      f"text into more, or raise data.validation_fraction="
-      f"{config.validation_fraction}; without one set eval.every=0"
+      "validation (a text file is one document, or a few beyond 256 KiB); for "
+      "an evaluation split the text into more, or raise "
+      f"data.validation_fraction={config.validation_fraction}; without one set "
+      "eval.every=0"
     )
   return folder
 

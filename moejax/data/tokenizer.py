@@ -22,13 +22,15 @@ from moejax.files import write_atomically
 FILE_NAME = "tokenizer.json"
 BOS_NAMES = (
   "<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>",
-  "<|beginoftext|>",
+  "<|beginoftext|>", "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
 EOS_NAMES = (
   "</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|eos|>",
+  "<\uff5cend\u2581of\u2581sentence\uff5c>",
 )  # fmt: skip
 PAD_NAMES = (
   "<pad>", "[PAD]", "<|padding|>", "<|pad|>", "<|finetune_right_pad_id|>",
+  "<\uff5c\u2581pad\u2581\uff5c>",
 )  # fmt: skip
 _CHUNK = 1 << 20  # characters encoded at a time; bounds memory on huge texts
 
@@ -50,6 +52,8 @@ class Tokenizer(abc.ABC):
   eos_id: int
   pad_id: int | None
   digest: str
+  # Bytes that `encode` puts before a text: 1 where it begins with a space.
+  invented_bytes: int = 0
 
   @abc.abstractmethod
   def encode(self, text: str) -> np.ndarray:
@@ -78,8 +82,17 @@ class Tokenizer(abc.ABC):
       ]
     )
 
-  def stream_decoder(self) -> "StreamDecoder":
-    return StreamDecoder(self)
+  def decode_after(self, before: Iterable[int], ids: Iterable[int]) -> str:
+    """Text of the ids as it goes on after that of others.
+
+    Alone it may lack its first space, which some tokenizers take for their own.
+    """
+    before = list(before)
+    return self.decode([*before, *ids])[len(self.decode(before)) :]
+
+  def stream_decoder(self, before: Iterable[int] = ()) -> "StreamDecoder":
+    """Of ids that come one by one after others."""
+    return StreamDecoder(self, before)
 
 
 class ByteTokenizer(Tokenizer):
@@ -114,7 +127,7 @@ class FileTokenizer(Tokenizer):
   """A `tokenizer.json` read by the `tokenizers` library.
 
   Args:
-    path: the file, for messages and the name.
+    path: the file, for messages.
     text: its content.
 
   Raises:
@@ -152,8 +165,8 @@ class FileTokenizer(Tokenizer):
         f"{', '.join(EOS_NAMES)}"
       )
     self.eos_id = eos_id
-    stem = path.parent.name if path.name == FILE_NAME else path.stem
-    self.name = re.sub(r"[^A-Za-z0-9.]+", "_", stem).strip("_.")[:32] or "file"
+    # Of its content alone: a run's copy of the file is the same tokenizer.
+    self.name = f"v{self.vocab_size}"
 
   def _configure(self) -> None:
     # Text that spells a special token stays text, and nothing is ever cut.
@@ -177,6 +190,10 @@ class FileTokenizer(Tokenizer):
     return int(self._byte_lengths[np.asarray(ids)].sum())
 
   @functools.cached_property
+  def invented_bytes(self) -> int:
+    return self.count_bytes(self.encode("x")) - 1
+
+  @functools.cached_property
   def _byte_lengths(self) -> np.ndarray:
     """[V] bytes of each entry."""
     lengths = np.zeros(self.vocab_size, np.int64)
@@ -198,7 +215,7 @@ class FileTokenizer(Tokenizer):
     write_atomically(pathlib.Path(folder, FILE_NAME), self._text)
 
   def __getstate__(self) -> dict:
-    left_out = ("_tokenizer", "_byte_lengths")
+    left_out = ("_tokenizer", "_byte_lengths", "invented_bytes")
     return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
   def __setstate__(self, state: dict) -> None:
@@ -243,10 +260,10 @@ class StreamDecoder:
   _KEEP = 8  # ids of context, which some decoders need to place spaces
   _HELD = 3  # a UTF-8 character may lack this many bytes
 
-  def __init__(self, tokenizer: Tokenizer):
+  def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
     self._tokenizer = tokenizer
-    self._ids: list[int] = []
-    self._shown = 0
+    self._ids = list(map(int, before))[-self._KEEP :]
+    self._shown = len(tokenizer.decode(self._ids))
 
   def push(self, token_id: int) -> str:
     self._ids.append(int(token_id))

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 
 import jax
 import ml_dtypes
@@ -25,7 +26,7 @@ from moejax.convert.to_hf import to_hf
 from moejax.data.tokenizer import ByteTokenizer, load_tokenizer
 from moejax.errors import CheckpointError, ConfigError, DataError, UserError
 from moejax.generate import generate_tokens
-from moejax.models import stack_repeats
+from moejax.models import build, init_variables, stack_repeats
 from moejax.sampling import Sampling
 from tests.convert import families as hf
 from tests.convert.hub_folder import write
@@ -228,6 +229,54 @@ def test_a_stopped_export_goes_on(tmp_path, monkeypatch):
   assert_same_bytes(weights(tmp_path / "back"), hf.tensors(OLMOE))
   with pytest.raises(DataError, match="is not empty"):
     to_hf(tmp_path / "run", tmp_path / "back")
+
+
+def test_a_stopped_export_of_memory_begins_anew(tmp_path, monkeypatch):
+  """Other weights may be there by then."""
+  module = sys.modules["moejax.convert.to_hf"]  # the name is its function's
+  config, variables = moejax.convert.load_hf(write(tmp_path / "hub", OLMOE))
+  zeros = jax.tree.map(np.zeros_like, variables)
+  words = load_tokenizer(tmp_path / "hub")
+  with monkeypatch.context() as m:
+    m.setattr(module, "_write_tokenizer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      moejax.convert.save_hf(tmp_path / "back", config, zeros, words)
+  moejax.convert.save_hf(tmp_path / "back", config, variables, words)
+  assert_same_bytes(weights(tmp_path / "back"), hf.tensors(OLMOE))
+
+
+def test_the_tokenizer_that_was_trained_with_goes_back(tmp_path):
+  """Not the one that was beside it, and with what else the hub says of it."""
+  hub = write(tmp_path / "hub", OLMOE)
+  said = {"eos_token_id": [1, 2], "temperature": 0.7}
+  (hub / "generation_config.json").write_text(json.dumps(said))
+  own = json.loads((hub / "tokenizer.json").read_text())
+  own["normalizer"] = {"type": "Lowercase"}
+  (tmp_path / "own.json").write_text(json.dumps(own))
+  from_hf(hub, tmp_path / "run", tokenizer=tmp_path / "own.json")
+  to_hf(tmp_path / "run", tmp_path / "back")
+  want = load_tokenizer(tmp_path / "own.json").digest
+  assert load_tokenizer(tmp_path / "back").digest == want
+  assert json.loads((tmp_path / "back/generation_config.json").read_text()) == (
+    said
+  )
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3"])
+def test_a_model_without_shared_experts(name, tmp_path):
+  family = next(f for f in hf.FAMILIES if f.name == name)
+  moe = dataclasses.replace(family.config.moe, num_shared_experts=0)
+  config = Config.from_dict(
+    {"model": dataclasses.asdict(dataclasses.replace(family.config, moe=moe)),
+     "data": {"tokenizer": "byte"}}
+  )  # fmt: skip
+  variables = init_variables(build(config.model), jax.random.key(0))
+  moejax.convert.save_hf(
+    tmp_path / "hub", config.model, variables, ByteTokenizer(), family=name
+  )
+  again, loaded = moejax.convert.load_hf(tmp_path / "hub")
+  assert again.moe.num_shared_experts == 0
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
 def fill(folder, leaving):

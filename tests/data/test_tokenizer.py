@@ -13,6 +13,7 @@ from moejax.data.tokenizer import (
   train_tokenizer,
 )
 from moejax.errors import DataError
+from moejax.evaluate import count_bytes
 
 TEXTS = (
   "plain text\nwith lines\n",
@@ -70,6 +71,71 @@ def test_streaming_shows_whole_characters_and_all_of_the_text(tokenizer):
   shown = [stream.push(i) for i in tokenizer.encode(text)]
   assert "\ufffd" not in "".join(shown)
   assert "".join(shown) + stream.finish() == text
+
+
+@pytest.fixture(scope="module")
+def llama_style(tmp_path_factory):
+  """A space before each text, which the decoder takes away again."""
+  import tokenizers
+  from tokenizers import decoders, models, normalizers, trainers
+
+  words = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+  words.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+  )
+  words.decoder = decoders.Sequence([
+    decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+    decoders.Fuse(), decoders.Strip(" ", 1, 0),
+  ])  # fmt: skip
+  trainer = trainers.BpeTrainer(
+    vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False
+  )
+  words.train_from_iterator(["the quick brown fox jumps over"] * 20, trainer)
+  path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+  words.save(str(path))
+  return load_tokenizer(path)
+
+
+def test_what_goes_on_after_a_prompt_keeps_its_first_space(llama_style):
+  before, after = (
+    llama_style.encode(text).tolist() for text in ("the", "brown fox")
+  )
+  assert llama_style.decode(after) == "brown fox"
+  assert llama_style.decode_after(before, after) == " brown fox"
+  stream = llama_style.stream_decoder(before)
+  shown = "".join(map(stream.push, after)) + stream.finish()
+  assert shown == " brown fox"
+  long = llama_style.encode("the quick brown fox " * 9).tolist()
+  stream = llama_style.stream_decoder(long)
+  shown = "".join(map(stream.push, after)) + stream.finish()
+  assert shown == llama_style.decode_after(long, after) == " brown fox"
+
+
+def test_a_space_that_was_invented_is_no_byte_of_the_text(llama_style):
+  """Of two texts in a row, the first of which begins with it as a target."""
+  assert llama_style.invented_bytes == 1
+  assert pickle.loads(pickle.dumps(llama_style)).invented_bytes == 1
+  texts = ["the fox", "brown", ""]
+  ids = np.concatenate([llama_style.encode_document(t) for t in texts])
+  batch = {"tokens": ids[None, :-1], "targets": ids[None, 1:]}
+  mask = np.ones(batch["tokens"].shape, bool)
+  found = count_bytes(batch, mask, llama_style)
+  assert found == sum(map(len, texts))
+  mask[0, 0] = False  # then it is no target, nor is the letters' token
+  first = llama_style.count_bytes(batch["targets"][0, :1]) - 1
+  assert count_bytes(batch, mask, llama_style) == found - first
+
+
+def test_deepseeks_names_of_special_tokens(bpe_file, tmp_path):
+  content = json.loads(bpe_file.read_text())
+  names = ("begin\u2581of\u2581sentence", "end\u2581of\u2581sentence")
+  for token, name in zip(content["added_tokens"], names, strict=True):
+    token["content"] = f"<\uff5c{name}\uff5c>"
+    content["model"]["vocab"][token["content"]] = token["id"]
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  words = load_tokenizer(tmp_path)
+  ids = [token["id"] for token in content["added_tokens"]]
+  assert [words.bos_id, words.eos_id] == ids
 
 
 def test_streaming_shows_a_broken_character_at_last():
