@@ -9,6 +9,7 @@ import pytest
 from moejax.convert.hub_config import HubConfig
 from moejax.convert.load import FAMILIES, read_hub_config
 from moejax.errors import DataError, UserError
+from moejax.spec import Spec
 from tests.convert import families as hf
 from tests.convert.test_published_configs import HUB
 
@@ -56,6 +57,16 @@ def test_values_of_the_wrong_kind(name, tmp_path):
         lines.append(str(e))
   assert len(lines) > 50
   assert not [line for line in lines if "\n" in line]
+
+
+@pytest.mark.parametrize("k, router", [(1, "top_k(k=1)"), (
+  2, "top_k(k=2, renormalize=True)")])  # fmt: skip
+def test_hunyuan_large_renormalises_what_is_more_than_one(k, router, tmp_path):
+  """As its released code does; the published model has one."""
+  values = CONFIGS["hunyuan"] | {"moe_topk": k}
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  _, model = read_hub_config(tmp_path)
+  assert Spec.parse(model.moe.router) == Spec.parse(router)
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,26 @@ def source(tmp_path_factory):
   return dense_run(tmp_path_factory.mktemp("source") / "dense")
 
 
+def test_rope_is_that_of_the_checkpoints_phase(tmp_path):
+  source = dense_run(tmp_path / "dense")
+  record = json.loads((source / "config.json").read_text())
+  record["config"]["train"]["phases"] = [
+    {"name": "a", "steps": 5, "options": {"model.rope_theta": 7.0}},
+    {"name": "b"},
+  ]
+  (source / "config.json").write_text(json.dumps(record))
+  with pytest.raises(ConfigError, match="model.rope_theta: 7.0 -> 10000.0"):
+    upcycle(source, sparse(), tmp_path / "other", PLAIN)
+  upcycle(source, sparse(rope_theta=7.0), tmp_path / "sparse", PLAIN)
+  assert error(tmp_path / "sparse", source) < 1e-5
+
+
 @pytest.mark.parametrize("theirs, ours, granularity, message", REFUSED)
 def test_what_does_not_fit_is_refused(
-  theirs, ours, granularity, message, tmp_path
+  theirs, ours, granularity, message, source, tmp_path
 ):
-  # It is refused before any weight is read.
-  (tmp_path / "dense").mkdir()
+  # It is refused before any weight is read: these are another model's.
+  shutil.copytree(source / "checkpoints", tmp_path / "dense" / "checkpoints")
   runs.write_files(tmp_path / "dense", dense(**theirs), ByteTokenizer())
   with pytest.raises(ConfigError, match=message) as e:
     upcycle(
