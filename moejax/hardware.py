@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine can do, and how its memory is made to serve."""
 
+import contextlib
 import ctypes
 import glob
 import hashlib
 import os
 import pathlib
 import platform
+from collections.abc import Iterator
 
 import jax
 
@@ -107,7 +109,7 @@ def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
   libc.malloc.argtypes = [ctypes.c_size_t]
   libc.free.argtypes = [ctypes.c_void_p]
   libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-  size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+  size = machine_memory() // 2
   address = libc.malloc(size)
   if not address:
     return
@@ -128,3 +130,40 @@ _ACCELERATORS = (
 )
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def machine_memory(root: pathlib.Path = pathlib.Path("/")) -> int:
+  """Bytes that this process may have: the machine's, its container's or job's.
+
+  Args:
+    root: of the files that tell; another one in tests.
+
+  Raises:
+    OSError, ValueError: the system does not say.
+  """
+  whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return min([whole, *_group_limits(root)])
+
+
+def _group_limits(root: pathlib.Path) -> Iterator[int]:
+  """Limits of the control groups that the process is in, of either version."""
+  try:
+    lines = (root / "proc/self/cgroup").read_text().splitlines()
+  except OSError:
+    return
+  for line in lines:
+    _, controllers, path = line.split(":", 2)
+    if controllers == "":
+      top, name = root / "sys/fs/cgroup", "memory.max"
+    elif "memory" in controllers.split(","):
+      top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+    else:
+      continue
+    # A group's limit holds for those below it. Seen from within a container
+    # the path may lead nowhere, and the top is the container's own.
+    group = top / path.strip("/")
+    for folder in (group, *group.parents):
+      with contextlib.suppress(OSError, ValueError):
+        yield int((folder / name).read_text())  # "max" is none
+      if folder == top:
+        break

@@ -4,7 +4,6 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 
 from moejax.config import Config, Phase
 from moejax.errors import ConfigError
+from moejax.hardware import machine_memory
 from moejax.models import Transformer
 from moejax.models.placement import TOKENS
 from moejax.parallel import compile_overlapped
@@ -181,7 +181,7 @@ def device_memory(device: jax.Device) -> int | None:
   """Bytes that programs may use; None where nobody says."""
   if device.platform == "cpu":
     try:
-      return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+      return machine_memory()
     except (ValueError, OSError):
       return None
   stats = device.memory_stats()

@@ -237,8 +237,9 @@ def _balanced(config: Config, router_state: Any, stats: Any) -> Any:
   if not router_state:
     return router_state
   rate = balance.bias_rate(resolve(config.model.moe.router_spec))
-  # Of the whole batch, so the same however it was split.
-  counts = as_router_state(config.model, stats.count_BE.sum(1))
+  # Of the whole batch, so the same however it was split; and of what the router
+  # chose: an expert whose rows found no room is no idle one.
+  counts = as_router_state(config.model, stats.chosen_BE.sum(1))
   return balance.update_state(router_state, counts, rate)
 
 

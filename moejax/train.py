@@ -169,7 +169,11 @@ def train(
           _report(files.folder)
         return 0
       left = [p for p in phases_of(config) if p.end > start and p.start < end]
-      models = {p: build_on_mesh(p.config, mesh) for p in phases_of(config)}
+      # They evaluate and write; training has the programs below.
+      models = {
+        p: build_on_mesh(p.config, mesh, dropless=True)
+        for p in phases_of(config)
+      }
       loop = Loop(
         config,
         models,

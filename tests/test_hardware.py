@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from moejax.hardware import peak_flops
+from moejax.hardware import machine_memory, peak_flops
 
 GLIBC = platform.libc_ver()[0] == "glibc"
 SMAPS = pathlib.Path("/proc/self/smaps")
@@ -57,3 +57,26 @@ def test_peak_rates_by_the_longest_name():
   assert peak_flops(Device("TPU v5")) == 459e12
   assert peak_flops(Device("NVIDIA H100 80GB HBM3")) == 989e12
   assert peak_flops(Device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+  "line, files, limit",
+  [
+    ("0::/jobs/one", {"memory.max": "max", "jobs/memory.max": "7000"}, 7000),
+    ("0::/jobs/one", {"jobs/memory.max": "7", "jobs/one/memory.max": "5"}, 5),
+    # In a container, whose own group is the top and has another path outside.
+    ("0::/docker/abc", {"memory.max": "6000"}, 6000),
+    ("4:cpu,memory:/a", {"memory/a/memory.limit_in_bytes": "8000"}, 8000),
+    ("4:cpu:/a", {"memory/a/memory.limit_in_bytes": "8000"}, None),
+    ("0::/", {"memory.max": "max"}, None),
+  ],
+)
+def test_limits_of_containers_and_jobs(line, files, limit, tmp_path):
+  (tmp_path / "proc/self").mkdir(parents=True)
+  (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/x\n{line}\n")
+  for name, text in files.items():
+    file = tmp_path / "sys/fs/cgroup" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{text}\n")
+  whole = machine_memory(tmp_path / "nothing")
+  assert machine_memory(tmp_path) == (limit or whole) and whole > 1 << 30

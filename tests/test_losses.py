@@ -154,7 +154,8 @@ def test_router_losses_as_a_sum_over_routers_are_l_times_their_mean():
   draw = np.random.default_rng(0).uniform
   of = lambda *shape: jnp.asarray(draw(1, 2, shape), jnp.float32)
   stats = RouterStats(
-    count_BE=of(L, rows, E), wanted_BE=of(L, rows, E),
+    count_BE=of(L, rows, E), chosen_BE=of(L, rows, E),
+    wanted_BE=of(L, rows, E),
     prob_BE=of(L, rows, E), z_B=of(L, rows),
     entropy_B=of(L, rows), dropped_B=of(L, rows), unrouted_B=of(L, rows),
     tokens_B=of(L, rows),

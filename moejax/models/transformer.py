@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one transformer: embed, prefix layers, scanned pattern, norm, logits."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -218,8 +219,13 @@ def _init(model: Transformer, key: Array) -> Variables:
   T = probe_tokens(resolve(model.config.moe.router_spec))
   tokens_BT = jnp.zeros((1, T), jnp.int32)
   rows = Rows(jnp.ones((1, T), jnp.int32), jnp.arange(T)[None])
-  # So short a row cannot be split; where variables lie, the caller says.
-  return Transformer(model.config).init(key, tokens_BT, rows)
+  # So short a row cannot be split; where variables lie, the caller says. Which
+  # kernels will compute with them does not matter, and may not be for here.
+  config = model.config
+  config = dataclasses.replace(
+    config, attention="auto", moe=dataclasses.replace(config.moe, matmul="auto")
+  )
+  return Transformer(config).init(key, tokens_BT, rows)
 
 
 def unstack_repeats(config: ModelConfig, variables: Variables) -> Variables:

@@ -13,7 +13,10 @@ from moejax.parallel.placement import OnMesh
 
 
 def build_on_mesh(
-  config: Config, mesh: Mesh, platform: str | None = None
+  config: Config,
+  mesh: Mesh,
+  platform: str | None = None,
+  dropless: bool = False,
 ) -> Transformer:
   """The model that computes with all devices of a mesh.
 
@@ -23,6 +26,8 @@ def build_on_mesh(
     config: `model` and `parallel`.
     mesh: as `make_mesh` makes it.
     platform: of the devices; None takes that of the mesh.
+    dropless: with room for all rows, whatever `parallel.receive_factor` says:
+      for evaluation, whose losses are not to depend on the mesh.
 
   Raises:
     ConfigError: the dispatch and the exchange do not fit.
@@ -32,6 +37,9 @@ def build_on_mesh(
   if mesh.size == 1:
     return model
   backends, experts = model.backends, None
+  if dropless:
+    parallel = dataclasses.replace(config.parallel, receive_factor=0.0)
+    config = dataclasses.replace(config, parallel=parallel)
   if config.parallel.expert > 1:
     experts = _expert_parallel(config, backends.dispatch, platform)
     backends = dataclasses.replace(backends, dispatch=experts)

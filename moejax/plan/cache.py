@@ -15,6 +15,8 @@ from moejax.plan.apart import Crashed, run_apart
 from moejax.plan.compiled import DoesNotFit, Memory, Plan, plan
 from moejax.plan.roofline import Roofline, Traffic
 from moejax.plan.topology import compiler_of
+from moejax.routing import resolve
+from moejax.routing.base import code_of
 
 
 class CompilerAborts(DoesNotFit):
@@ -57,7 +59,14 @@ def _key(config: Config, topology: str) -> str:
   code = hashlib.sha256()
   for file in sorted(Path(__file__).parents[1].rglob("*.py")):
     code.update(file.read_bytes())
-  asked = [dataclasses.asdict(config), topology, versions, code.hexdigest()]
+  # A router of one's own, and what the compilers are told beside.
+  router = code_of(resolve(config.model.moe.router_spec))
+  if router is not None and Path(router.co_filename).is_file():
+    code.update(Path(router.co_filename).read_bytes())
+  flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+  asked = [
+    dataclasses.asdict(config), topology, versions, code.hexdigest(), flags
+  ]  # fmt: skip
   text = json.dumps(asked, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 

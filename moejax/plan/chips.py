@@ -32,8 +32,8 @@ class Chip:
 _GIB = 2**30
 # Peaks and memory rates: Google Cloud's pages of each version; `flops` and
 # `bandwidth` of v5p and v6e: found from `optimal_seconds` of single products;
-# links: "How to Scale Your Model" (jax-ml.github.io/scaling-book), v7 by its
-# data sheet in the same proportion.
+# links: "How to Scale Your Model" (jax-ml.github.io/scaling-book); v7x as v5p,
+# both 1,200 GB/s a chip in all directions by Google Cloud's pages.
 TPUS = {
   "TPU v4": Chip("v4", 275e12, 275e12, 1.23e12, 0, 45e9, 4),
   "TPU v5 lite": Chip(
@@ -45,11 +45,11 @@ TPUS = {
   "TPU v6 lite": Chip(
     "v6e", 918e12, 918e12, 1.64e12, int(31.25 * _GIB), 90e9, 16
   ),
-  "TPU7x": Chip("tpu7x", 2307e12, 2307e12, 7.38e12, 0, 180e9, 4),
+  "TPU7x": Chip("tpu7x", 2307e12, 2307e12, 7.38e12, 0, 90e9, 4),
 }  # fmt: skip
 # NVIDIA's data sheets, SXM, dense; memory as XLA's specs of the cards have it
-# (H200's by the data sheet); `nic`: DGX systems, eight of 200 Gbit/s (A100) or
-# of 400 Gbit/s.
+# (H200's: a little below the 143,771 MiB that nvidia-smi shows of one); `nic`:
+# DGX systems, eight of 200 Gbit/s (A100) or of 400 Gbit/s.
 GPUS = {
   "NVIDIA A100-SXM4-80GB": Chip(
     "a100", 312e12, 312e12, 2.039e12, 85_100_068_864, 300e9, nic=25e9
@@ -58,7 +58,7 @@ GPUS = {
     "h100", 989e12, 989e12, 3.352e12, 84_942_979_072, 450e9, nic=50e9
   ),
   "NVIDIA H200": Chip(
-    "h200", 989e12, 989e12, 4.8e12, 141_000_000_000, 450e9, nic=50e9
+    "h200", 989e12, 989e12, 4.8e12, 150_000_000_000, 450e9, nic=50e9
   ),
   "NVIDIA B200": Chip(
     "b200", 2250e12, 2250e12, 7.672e12, 191_514_411_008, 900e9, nic=50e9

@@ -36,7 +36,7 @@ class Torus:
       2 if self._closes(side, extent) else 1
       for side, extent in self._extents(group)
     )
-    return size / (self.chip.link * max(ways, 1))
+    return size * self._sharing(group) / (self.chip.link * max(ways, 1))
 
   def exchange_seconds(self, group: Sequence[int], size: float) -> float:
     """Until each device of a group has sent `size` bytes, evenly to all.
@@ -44,6 +44,7 @@ class Torus:
     What passes the middle of each side decides: half of all.
     """
     slowest = 0.0
+    size *= self.cores  # a chip's devices share its links
     for side, extent in self._extents(group):
       links = 2 if self._closes(side, extent) else 1
       slowest = max(slowest, size * extent / (4 * links * self.chip.link))
@@ -51,7 +52,17 @@ class Torus:
 
   def hop_seconds(self, group: Sequence[int], size: float) -> float:
     """Until a device has sent `size` bytes to a neighbour."""
-    return size / self.chip.link
+    return size * self._sharing(group) / self.chip.link
+
+  @property
+  def rates(self) -> tuple[float, float]:
+    """FLOP/s, and bytes/s of memory, of a device."""
+    return self.chip.flops / self.cores, self.chip.bandwidth / self.cores
+
+  def _sharing(self, group: Sequence[int]) -> float:
+    """Groups that send over the same links at once: a chip's other devices'."""
+    places = {self.coords[i] for i in group}
+    return self.cores * len(places) / len(group)
 
   def _extents(self, group: Sequence[int]) -> list[tuple[int, int]]:
     """(side, how many places of it) that a group spans."""
@@ -59,8 +70,15 @@ class Torus:
     return [(side, n) for side, n in enumerate(spans) if n > 1]
 
   def _closes(self, side: int, extent: int) -> bool:
+    """Whether a side is a ring.
+
+    In three dimensions the optical switches close whole cubes of 4 x 4 x 4
+    only: 2x4x4 has no ring at all.
+    """
     whole = self.sides[side]
-    return extent == whole and whole % self.chip.wraps == 0 and whole > 2
+    cubes = [whole] if len(self.sides) < 3 else self.sides
+    even = all(x % self.chip.wraps == 0 for x in cubes)
+    return extent == whole and even and whole > 2
 
   @property
   def num_chips(self) -> int:
@@ -79,6 +97,11 @@ class Nodes:
   chip: Chip
   nodes: tuple[int, ...]
   cores = 1
+
+  @property
+  def rates(self) -> tuple[float, float]:
+    """FLOP/s, and bytes/s of memory, of a device."""
+    return self.chip.flops, self.chip.bandwidth
 
   def gather_seconds(self, group: Sequence[int], size: float) -> float:
     """Until each device of a group has `size` bytes of the others.

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Iterator
 
 from moejax.plan import costs, kernels
-from moejax.plan.chips import Chip
 from moejax.plan.clock import Clock, Sent
 from moejax.plan.collectives import Fabric
 from moejax.plan.program import Computation, Instruction, Program
@@ -34,8 +33,9 @@ class Work:
   flops: float
   bytes: float
 
-  def seconds(self, chip: Chip) -> float:
-    return max(self.flops / chip.flops, self.bytes / chip.bandwidth)
+  def seconds(self, rates: tuple[float, float]) -> float:
+    """At a device's FLOP/s and bytes/s."""
+    return max(self.flops / rates[0], self.bytes / rates[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +153,10 @@ class Walk:
       # Carried on by the fusions that follow, beside their own work.
       within = _all_within(op, self._program)
       yield from (x for x in within if costs.is_collective(x[0]))
+    elif _is_scatter(op):
+      for x, inner in _all_within(op, self._program):
+        if x.opcode == "all-reduce":  # of which each device keeps its part
+          yield dataclasses.replace(x, opcode="reduce-scatter"), inner
     elif op.opcode == "async-start":
       inner = self._program.computations[op.called("calls")]
       for x in inner.instructions.values():
@@ -175,7 +179,7 @@ class Walk:
     work = Work(op, runs, flops * runs, traffic * runs)
     if flops or traffic:
       self.work.append(work)
-    return work.seconds(self._fabric.network.chip)
+    return work.seconds(self._fabric.network.rates)
 
   def _kernel(self, op: Instruction, where: Computation) -> tuple[float, float]:
     cost = kernels.cost(op, where, self._rows)
@@ -201,9 +205,9 @@ def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
     fabric: the mesh that it was compiled for.
     rows: that reach a device's experts at once, if all get as many.
   """
-  walk, chip = Walk(program, fabric, rows), fabric.network.chip
-  by_arithmetic = lambda w: w.flops / chip.flops > w.bytes / chip.bandwidth
-  total = lambda parts: sum(w.seconds(chip) for w in parts)
+  walk, rates = Walk(program, fabric, rows), fabric.network.rates
+  by_arithmetic = lambda w: w.flops / rates[0] > w.bytes / rates[1]
+  total = lambda parts: sum(w.seconds(rates) for w in parts)
   sums = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
   for sent in walk.collectives:
     runs, c = sent.runs, sent.collective
@@ -223,6 +227,12 @@ def measure(program: Program, fabric: Fabric, rows: int) -> Roofline:
     traffic=tuple(sorted(traffic, key=lambda t: -t.bytes)),
     unknown=tuple(f"{n} x {what}" for what, n in walk.unknown.items()),
   )
+
+
+def _is_scatter(op: Instruction) -> bool:
+  """A reduce-scatter as the TPU's compiler writes those that block."""
+  name = op.called("calls") if op.opcode == "fusion" else None
+  return name is not None and name.startswith("all-reduce-scatter")
 
 
 def _goes_on(op: Instruction) -> bool:

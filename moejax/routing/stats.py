@@ -22,6 +22,7 @@ class RouterStats:
 
   Attributes:
     count_BE: assignments to each expert.
+    chosen_BE: the same before any room ran out: what balancing biases follow.
     wanted_BE: the same, as the balancing loss counts them: before any capacity,
       null experts included as in `prob_BE`, each with their mean.
     prob_BE: sum of probabilities of each expert, the softmax or what the router
@@ -35,6 +36,7 @@ class RouterStats:
   """
 
   count_BE: Array
+  chosen_BE: Array
   wanted_BE: Array
   prob_BE: Array
   z_B: Array
@@ -69,14 +71,16 @@ class RouterStats:
       sums = jnp.zeros((B, number + 1)).at[row_A, expert_A].add(ones)
       return sums[:, :number]
 
-    count_BE = wanted_BE = counts(routing.expert_A, E)
+    count_BE = chosen_BE = counts(routing.expert_A, E)
+    if routing.wanted_A is not None:
+      chosen_BE = counts(routing.wanted_A, E)
+    wanted_BE = chosen_BE
     if routing.counted_A is not None:
       wanted_BE = counts(routing.counted_A, prob_TE.shape[-1])
       wanted_BE = _evened(wanted_BE, E)
-    elif routing.wanted_A is not None:
-      wanted_BE = counts(routing.wanted_A, E)
     return cls(
       count_BE=count_BE,
+      chosen_BE=chosen_BE,
       wanted_BE=wanted_BE,
       prob_BE=per_row(prob_TE),
       z_B=per_row(lse_T**2)[:, 0],

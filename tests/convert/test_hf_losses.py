@@ -128,6 +128,7 @@ def test_at_perfect_balance():
   E, k, L, T = 4, 2, 3, 8
   even = losses.RouterStats(
     count_BE=jnp.full((L, 1, E), k * T / E),
+    chosen_BE=jnp.full((L, 1, E), k * T / E),
     wanted_BE=jnp.full((L, 1, E), k * T / E),
     prob_BE=jnp.full((L, 1, E), T / E), z_B=jnp.zeros((L, 1)),
     entropy_B=jnp.zeros((L, 1)), dropped_B=jnp.zeros((L, 1)),

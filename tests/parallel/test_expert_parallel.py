@@ -105,7 +105,7 @@ def test_only_as_many_are_admitted_as_there_is_room_for():
 PROBED = 16  # tokens that a router is tried on before it trains
 
 
-def apply_on(parallel, router):
+def apply_on(parallel, router, dropless=False):
   config = Cell(dispatch="ragged").config().to_dict()
   config["model"]["moe"]["router"] = router
   config["model"]["pattern"] = ("attention/moe",)
@@ -115,7 +115,9 @@ def apply_on(parallel, router):
   )
   given = init_variables(build(config.model), jax.random.key(1))
   sums, stats = jax.jit(
-    lambda v, b: batch_sums(config, build_on_mesh(config, where), v, b, None)
+    lambda v, b: batch_sums(
+      config, build_on_mesh(config, where, dropless=dropless), v, b, None
+    )
   )(given, batch())
   return sums, jax.device_get(stats)
 
@@ -130,6 +132,20 @@ def test_what_there_is_no_room_for_is_counted():
   np.testing.assert_array_equal(landed, 2 * stats.tokens_B.sum(1))
   wanted = stats.wanted_BE.sum((1, 2))
   np.testing.assert_array_equal(wanted, 2 * stats.tokens_B.sum(1))
+  # A balancing bias follows what was chosen: who is full is not idle.
+  _, alone = apply_on({}, router)
+  np.testing.assert_array_equal(stats.chosen_BE.sum(1), alone.chosen_BE.sum(1))
+  np.testing.assert_array_equal(alone.chosen_BE, alone.count_BE)
+
+
+def test_evaluation_has_room_for_all():
+  """A validation loss is not to depend on the mesh."""
+  router = "tests.parallel.test_expert_parallel.ends(k=2)"
+  full = {"expert": 4, "receive_factor": 1.0}
+  sums, stats = apply_on(full, router, dropless=True)
+  want, _ = apply_on({}, router)
+  assert not stats.dropped_B.any()
+  np.testing.assert_allclose(sums.xent, want.xent, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [0.0, 4.0])

@@ -18,9 +18,10 @@ from moejax.plan.roofline import Walk
 SIZES = (("fsdp", 2), ("expert", 4))
 
 
-def torus(*sides, kind="TPU v5"):
+def torus(*sides, kind="TPU v5", cores=1):
   coords = tuple(tuple(map(int, c)) for c in np.ndindex(*sides))
-  return Torus(CHIPS[kind], coords, sides, 1)
+  coords = tuple(c for c in coords for _ in range(cores))
+  return Torus(CHIPS[kind], coords, sides, cores)
 
 
 def collectives(function, out_spec):
@@ -81,12 +82,42 @@ def test_exchanging():
 
 
 def test_a_ring_is_twice_as_fast_as_a_line():
-  line, ring = torus(2, 4, 4, kind="TPU v5 lite"), torus(2, 4, 4)
+  line, ring = torus(4, 4, kind="TPU v5 lite"), torus(4, 4, 4)
   group = range(4)  # along the last side, which closes on a v5p alone
   link = CHIPS["TPU v5"].link
   assert ring.gather_seconds(group, 1e9) == pytest.approx(1e9 / (2 * link))
   link = CHIPS["TPU v5 lite"].link
   assert line.gather_seconds(group, 1e9) == pytest.approx(1e9 / link)
+
+
+@pytest.mark.parametrize("sides", [(2, 4, 4), (2, 2, 4), (4, 4, 2)])
+def test_less_than_a_cube_has_no_rings(sides):
+  """The optical switches that close a side are between whole cubes."""
+  link = CHIPS["TPU v5"].link
+  for network in (torus(*sides), torus(*sides, kind="TPU7x")):
+    group = [i for i, c in enumerate(network.coords) if c[:2] == (0, 0)]
+    seconds = network.gather_seconds(group, 1e9)
+    assert seconds == pytest.approx(1e9 / link)
+
+
+def test_devices_of_a_chip_share_its_links_and_rates():
+  chip, one, two = CHIPS["TPU7x"], torus(4, 4, 4), torus(4, 4, 4, cores=2)
+  assert torus(4, 4, 4, kind="TPU7x", cores=2).rates == (
+    chip.flops / 2, chip.bandwidth / 2
+  )  # fmt: skip
+  both, single = range(8), range(0, 8, 2)  # four chips of the last side
+  assert two.gather_seconds(both, 1e9) == one.gather_seconds(range(4), 1e9)
+  # The other devices are a group of their own, on the same links.
+  assert two.gather_seconds(single, 1e9) == pytest.approx(
+    2 * one.gather_seconds(range(4), 1e9)
+  )
+  assert two.hop_seconds(single, 1.0) == pytest.approx(
+    2 * one.hop_seconds(range(4), 1.0)
+  )
+  for group in (both, single):  # each of them sends as much
+    assert two.exchange_seconds(group, 1e9) == pytest.approx(
+      2 * one.exchange_seconds(range(4), 1e9)
+    )
 
 
 def test_an_exchange_crosses_the_middle():
@@ -125,3 +156,25 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   (sent,) = Walk(Program.parse(text), fabric, 0).collectives
   found = sent.collective
   assert found.axes == axes
+
+
+def test_a_scatter_that_blocks_is_a_fusion():
+  """As the TPU's compiler writes it; each device keeps its part of the sum."""
+  text = """
+%all-reduce-scatter.1 (q: f32[64]) -> f32[8] {
+  %q = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%q), replica_groups={{0,1,2,3,4,5,6,7}}
+  %at = s32[] constant(0)
+  ROOT %own = f32[8]{0} dynamic-slice(%sum, %at), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (p: f32[64]) -> f32[8] {
+  %p = f32[64]{0} parameter(0)
+  ROOT %r = f32[8]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+  walk = Walk(Program.parse(text), Fabric(SIZES, torus(2, 4)), 0)
+  (sent,) = walk.collectives
+  assert sent.collective.kind == "reduce-scatter"
+  assert sent.collective.bytes == pytest.approx(7 / 8 * 64 * 4)
+  assert sent.waits == pytest.approx(sent.collective.seconds)
