@@ -72,12 +72,13 @@ FAMILIES = {
     hub_models.deepseek_v3, hub_export.deepseek_v3, deepseek.deepseek_v3,
     "DeepseekV3ForCausalLM",
   ),
-  "hunyuan": Family(
-    hub_models.hunyuan_large, hub_export.hunyuan_large, hunyuan.hunyuan, ""
-  ),
+  # What both can hold goes to the one that transformers knows: it comes first.
   "hunyuan_v1_moe": Family(
     hub_models.hunyuan_v1_moe, hub_export.hunyuan_v1_moe, hunyuan.hunyuan,
     "HunYuanMoEV1ForCausalLM",
+  ),
+  "hunyuan": Family(
+    hub_models.hunyuan_large, hub_export.hunyuan_large, hunyuan.hunyuan, ""
   ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from moejax.routing import resolve
 from moejax.routing.inputs import asks_for, made_up_inputs, option
 
 Array = np.ndarray
-TOKENS = 1024  # rounded up to whole groups, where a router has groups
+TOKENS = 2048  # rounded up to whole groups, where a router has groups
 TOLERANCE = 1e-5  # float32 rounds a renormalised weight by 1e-7
 
 

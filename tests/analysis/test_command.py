@@ -147,7 +147,8 @@ def test_one_checkpoint_leaves_saturation_out_and_says_so(
   names = {path.name for path in (tmp_path / "out").iterdir()}
   assert not {"saturation.png", "vocabulary.png", "load_over_time.png"} & names
   lines = (tmp_path / "out" / "load.csv").read_text().splitlines()
-  assert lines[0] == "step,router,expert,load" and len(lines) == 1 + 4 * E
+  assert lines[0] == "checkpoint,router,expert,step,load"
+  assert len(lines) == 1 + 4 * E
   assert "Left out" in (tmp_path / "out" / "index.html").read_text()
 
 

@@ -60,7 +60,7 @@ def test_train_tokenizer_and_use_it(corpus, capsys):
   )  # fmt: skip
   assert code == 0
   (folder,) = (corpus / "store").iterdir()
-  assert "-bpe-T32-" in folder.name
+  assert "-v280-T32-" in folder.name
   again = corpus / "again.json"
   assert run("train-tokenizer", *args, "--output", again) == 0
   assert again.read_bytes() == output.read_bytes()
