@@ -191,7 +191,9 @@ class FileTokenizer(Tokenizer):
 
   @functools.cached_property
   def invented_bytes(self) -> int:
-    return self.count_bytes(self.encode("x")) - 1
+    ids = self.encode("x")
+    known = self.decode(ids) == "x"  # by a vocabulary of few letters it is not
+    return self.count_bytes(ids) - 1 if known else 0
 
   @functools.cached_property
   def _byte_lengths(self) -> np.ndarray:
