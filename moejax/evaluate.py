@@ -199,10 +199,12 @@ def main(argv: list[str]) -> int:
     raise ConfigError(f"--num-batches={args.num_batches} must be positive")
   names: tuple[str, ...] = ()
   if args.data:
+    micro, most = micro_rows(config), args.num_batches
+    if most is not None:
+      most *= (config.eval.batch_size or config.train.batch_size) // micro
     batches = data_lib.file_batches(
-      args.data, run.tokenizer, config.data, micro_rows(config),
-      args.num_batches,
-    )  # fmt: skip
+      args.data, run.tokenizer, config.data, micro, most
+    )
   else:
     stores = data_lib.open_stores(config.data, run.tokenizer)
     batches = validation_batches(

@@ -127,7 +127,10 @@ def train(
   keep_programs()
   # Before anything is written: what is wrong with the data or the config.
   if profile is not None:
-    profile.require_before(end)
+    profile.require_before(last)
+    if profile.first > end:
+      print(f"note: {profile} begins after --stop-at={stop_at}: not yet")
+      profile = None
   refuse_converted(workdir)
   tokenizer = load_tokenizer_of(config)
   stores = data_lib.PhasedStores.open(config, tokenizer)

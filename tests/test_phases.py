@@ -359,6 +359,9 @@ def test_a_launch_may_stop_on_the_way(place, unbroken, capsys):
   assert len(lines(place / "halts")) == 12
   assert main([*args, "--stop-at=12"]) == 0
   assert "already trained to step 12; --stop-at" in capsys.readouterr().out
+  assert main([*args, "--stop-at=14", "--profile=20:21"]) == 0
+  said = capsys.readouterr().out
+  assert "note: --profile=20:21 begins after --stop-at=14" in said
   assert main(args) == 0
   assert_same_run(place / "halts", unbroken)
   assert main([*args, "--stop-at=0"]) == 2

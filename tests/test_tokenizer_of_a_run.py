@@ -24,7 +24,8 @@ def place(tmp_path_factory):
     train = ["data", "train-tokenizer", "--sources", "text"]
     assert main([*train, "--vocab-size=270", "--output=words"]) == 0
     assert main(["data", "prepare", *WORDS]) == 0
-    steps = ["--config.train.num_steps=16", "--no-report"]
+    steps = ["--config.train.num_steps=16", "--no-report",
+             "--config.train.accumulation_steps=2"]  # fmt: skip
     assert main(["train", *WORDS, *steps, "--workdir=run"]) == 0
     yield place
 
@@ -37,3 +38,13 @@ def test_evaluation_and_replay(place, capsys, monkeypatch):
   np.testing.assert_allclose(values["xent"], logged["validation/xent"], 1e-5)
   assert main(["replay", "run", "--step=7"]) == 0
   assert "step 7" in capsys.readouterr().out
+
+
+def test_batches_of_files_are_as_large_as_those_of_training(
+  place, capsys, monkeypatch
+):
+  """Two of four rows of 32, whatever goes through the model at a time."""
+  monkeypatch.chdir(place)
+  assert main(["eval", "run", "--data=text", "--num-batches=2", "--json"]) == 0
+  tokens = json.loads(capsys.readouterr().out)["tokens"]
+  assert 6 * 32 < tokens <= 8 * 32

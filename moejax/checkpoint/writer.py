@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing checkpoints while training goes on, and retiring old ones."""
 
+import contextlib
 import json
 import logging
 import operator
@@ -298,6 +299,10 @@ class Checkpointer(CheckpointReader):
   ) -> CheckpointError:
     """Removes what there is of the step; returns the error to raise."""
     leftovers = ""
+    if processes.is_first():
+      # It may also have failed because another run removed what it wrote.
+      with contextlib.suppress(Exception):
+        self._ask(self._before_begin)
     if processes.is_first() and self._may_remove:
       try:
         layout.delete(self._folder(step))

@@ -299,9 +299,10 @@ def _begin(target: Path, mark: dict[str, Any]) -> None:
   if JOURNAL in inside:
     begun = hub_files.read_json(target / JOURNAL)
     if begun["from"] == mark["from"] == MEMORY:
-      # Nothing tells whether these still are the weights.
-      for path in target.glob("*.safetensors"):
-        path.unlink()
+      # Nothing tells whether these still are the weights, or the tokenizer.
+      for name in inside:
+        if name != JOURNAL:
+          (target / name).unlink()
     elif begun != mark:
       raise DataError(
         f"{target} holds an unfinished export of {begun}; delete it or use "
@@ -344,19 +345,31 @@ def _write_tokenizer(
 ) -> None:
   """The tokenizer's files, the hub's own if the model came from there."""
   if carried is not None and carried.is_dir():
-    hub_files.copy_carried(carried, target)
-  if not _is_of(target / "tokenizer.json", words):
+    copied = hub_files.copy_carried(carried, target)
+    if not _agree(target / "tokenizer.json", words):
+      for name in copied:  # they speak of other ids
+        (target / name).unlink()
+  file = target / "tokenizer.json"
+  if not file.exists() or load_tokenizer(file).digest != words.digest:
     write_tokenizer(words, target)
 
 
-def _is_of(path: Path, words: Tokenizer) -> bool:
-  """Whether the hub's file is the tokenizer that the run was made with."""
+def _agree(path: Path, words: Tokenizer) -> bool:
+  """Whether what the hub says of its tokenizer holds for the run's too.
+
+  It does where the ids are the same, and where the hub has no such file: then
+  the run's was made of what it has.
+  """
   if not path.exists():
-    return False
+    return True
   try:
-    return load_tokenizer(path).digest == words.digest
+    theirs = load_tokenizer(path)
   except DataError:  # a run that named another, as this one is of no use
     return False
+  return (
+    theirs.vocabulary() == words.vocabulary()
+    and special_ids(theirs) == special_ids(words)
+  )  # fmt: skip
 
 
 def _stamped(values: dict[str, Any], entries) -> dict[str, Any]:

@@ -68,6 +68,10 @@ class Tokenizer(abc.ABC):
     """UTF-8 bytes of the text of `ids`, of any shape; special ids have none."""
 
   @abc.abstractmethod
+  def vocabulary(self) -> dict[str, int]:
+    """The id of each entry."""
+
+  @abc.abstractmethod
   def save(self, folder: str | os.PathLike) -> None:
     """Writes `tokenizer.json`, from which `load_tokenizer(folder)` reads."""
 
@@ -117,6 +121,9 @@ class ByteTokenizer(Tokenizer):
 
   def count_bytes(self, ids: np.ndarray) -> int:
     return int(((ids >= 0) & (ids < 256)).sum())
+
+  def vocabulary(self) -> dict[str, int]:
+    return {f"<0x{i:02X}>": i for i in range(256)}
 
   def save(self, folder: str | os.PathLike) -> None:
     text = json.dumps({"moejax_tokenizer": self.name}) + "\n"
@@ -192,7 +199,8 @@ class FileTokenizer(Tokenizer):
   @functools.cached_property
   def invented_bytes(self) -> int:
     ids = self.encode("x")
-    known = self.decode(ids) == "x"  # by a vocabulary of few letters it is not
+    # By a vocabulary of few letters it is not.
+    known = self.decode(ids).lstrip(" ") == "x"
     return self.count_bytes(ids) - 1 if known else 0
 
   @functools.cached_property
@@ -212,6 +220,9 @@ class FileTokenizer(Tokenizer):
     for number, token in self._tokenizer.get_added_tokens_decoder().items():
       lengths[number] = 0 if token.special else len(token.content.encode())
     return lengths
+
+  def vocabulary(self) -> dict[str, int]:
+    return self._tokenizer.get_vocab(with_added_tokens=True)
 
   def save(self, folder: str | os.PathLike) -> None:
     write_atomically(pathlib.Path(folder, FILE_NAME), self._text)
@@ -264,25 +275,41 @@ class StreamDecoder:
 
   def __init__(self, tokenizer: Tokenizer, before: Iterable[int] = ()):
     self._tokenizer = tokenizer
-    self._ids = list(map(int, before))[-self._KEEP :]
-    self._shown = len(tokenizer.decode(self._ids))
+    self._ids = list(map(int, before))
+    self._held = 0  # ids since the last whole character
+    self._cut()
 
   def push(self, token_id: int) -> str:
     self._ids.append(int(token_id))
     text = self._tokenizer.decode(self._ids)
     whole = text
-    for _ in range(self._HELD):
-      whole = whole.removesuffix("\ufffd")
+    if text.endswith("\ufffd"):
+      # A decoder may take the characters before it for a part of it.
+      self._held += 1
+      if self._held <= self._HELD:
+        return ""
+      for _ in range(self._HELD):
+        whole = whole.removesuffix("\ufffd")
+    else:
+      self._held = 0
     new = whole[self._shown :]
     self._shown = max(self._shown, len(whole))
     if whole == text and len(self._ids) > 4 * self._KEEP:
-      self._ids = self._ids[-self._KEEP :]
-      self._shown = len(self._tokenizer.decode(self._ids))
+      self._cut()
     return new
+
+  def _cut(self) -> None:
+    """Leaves the last ids, from the beginning of a character on."""
+    start = max(0, len(self._ids) - self._KEEP)
+    decode = self._tokenizer.decode
+    while start and decode(self._ids[start:]).startswith("\ufffd"):
+      start -= 1
+    self._ids = self._ids[start:]
+    self._shown = len(decode(self._ids))
 
   def finish(self) -> str:
     text = self._tokenizer.decode(self._ids)[self._shown :]
-    self._ids, self._shown = [], 0
+    self._ids, self._shown, self._held = [], 0, 0
     return text
 
 

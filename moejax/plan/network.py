@@ -72,11 +72,12 @@ class Torus:
   def _closes(self, side: int, extent: int) -> bool:
     """Whether a side is a ring.
 
-    In three dimensions the optical switches close whole cubes of 4 x 4 x 4
-    only: 2x4x4 has no ring at all.
+    Of the kinds with three dimensions the optical switches close whole cubes of
+    4 x 4 x 4 only: 2x4x4 has no ring at all. Those of two have a third side of
+    one place.
     """
     whole = self.sides[side]
-    cubes = [whole] if len(self.sides) < 3 else self.sides
+    cubes = self.sides if self.chip.wraps == 4 else [whole]
     even = all(x % self.chip.wraps == 0 for x in cubes)
     return extent == whole and even and whole > 2
 

@@ -18,6 +18,7 @@ from moejax.checkpoint import (
   arrays,
   layout,
   state_digest,
+  writer,
 )
 from moejax.errors import CheckpointError, StuckError
 from moejax.runlock import RunLockError
@@ -245,21 +246,32 @@ def test_everything_is_on_the_disk_before_the_step_exists(
   assert str(tmp_path) in synced and str(tmp_path / "1") in synced
 
 
-@pytest.mark.parametrize("hook", ["before_begin", "before_commit"])
-def test_a_run_that_lost_its_place_removes_nothing(tmp_path, hook):
+@pytest.mark.parametrize("hook", ["before_begin", "before_commit", "neither"])
+def test_a_run_that_lost_its_place_removes_nothing(tmp_path, hook, monkeypatch):
   """What lies there may be of the run that has taken the place over."""
   theirs = tmp_path / "2" / "theirs"
 
   def held():
-    if (tmp_path / "1").exists():
-      theirs.parent.mkdir(exist_ok=True)
-      theirs.write_text("x")
-      raise RunLockError("another run has it")
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("x")
+    raise RunLockError("another run has it")
+
+  def gone(_):
+    """The files that were written, removed by the other run."""
+    hooks["before_begin"] = held
+    raise FileNotFoundError("another run has it: its files are gone")
 
   ckpt = Checkpointer(tmp_path, keep_last=5)
   save_and_wait(ckpt, 1)
   ckpt.close()
-  ckpt = Checkpointer(tmp_path, keep_last=5, **{hook: held})
+  hooks = {"before_begin": lambda: None, "before_commit": lambda: None}
+  hooks |= {hook: held} if hook in hooks else {}
+  if hook == "neither":
+    monkeypatch.setattr(writer, "_digest_share", gone)
+  ckpt = Checkpointer(
+    tmp_path, keep_last=5, before_begin=lambda: hooks["before_begin"](),
+    before_commit=hooks["before_commit"],
+  )  # fmt: skip
   with pytest.raises(CheckpointError, match="another run has it"):
     save_and_wait(ckpt, 2)
   assert theirs.read_text() == "x"

@@ -257,9 +257,16 @@ def test_the_tokenizer_that_was_trained_with_goes_back(tmp_path):
   to_hf(tmp_path / "run", tmp_path / "back")
   want = load_tokenizer(tmp_path / "own.json").digest
   assert load_tokenizer(tmp_path / "back").digest == want
-  assert json.loads((tmp_path / "back/generation_config.json").read_text()) == (
-    said
-  )
+  file = tmp_path / "back/generation_config.json"
+  assert json.loads(file.read_text()) == said
+  # Unless the ids are others.
+  ids = own["model"]["vocab"]
+  ids["a"], ids["b"] = ids["b"], ids["a"]
+  (tmp_path / "own.json").write_text(json.dumps(own))
+  from_hf(hub, tmp_path / "swapped", tokenizer=tmp_path / "own.json")
+  to_hf(tmp_path / "swapped", tmp_path / "other")
+  said = json.loads((tmp_path / "other/generation_config.json").read_text())
+  assert said == {"eos_token_id": load_tokenizer(tmp_path / "own.json").eos_id}
 
 
 @pytest.mark.parametrize("name", ["hunyuan_v1_moe", "deepseek_v3"])

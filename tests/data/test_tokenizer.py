@@ -91,8 +91,11 @@ def llama_style(tmp_path_factory):
     vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False
   )
   words.train_from_iterator(["the quick brown fox jumps over"] * 20, trainer)
+  content = json.loads(words.to_str())
+  ids = content["model"]["vocab"]
+  ids |= {f"<0x{i:02X}>": len(ids) + i for i in range(256)}
   path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
-  words.save(str(path))
+  path.write_text(json.dumps(content))
   return load_tokenizer(path)
 
 
@@ -111,10 +114,34 @@ def test_what_goes_on_after_a_prompt_keeps_its_first_space(llama_style):
   assert shown == llama_style.decode_after(long, after) == " brown fox"
 
 
-def test_a_space_that_was_invented_is_no_byte_of_the_text(llama_style):
+def test_characters_of_byte_tokens_are_streamed_whole(llama_style):
+  """They are in no vocabulary of theirs, and run into those of the prompt."""
+  for prompt, after in (
+    ("x\u4f60\u597d\u5417", "\u4f60 x"),
+    ("the", "\u4f60\u597d\u5417 \U0001f469\u597d"),
+    ("\U0001f469" * 9, "\u597d"),
+  ):
+    before, whole = (
+      llama_style.encode(text).tolist() for text in (prompt, prompt + after)
+    )
+    assert whole[: len(before)] == before
+    stream = llama_style.stream_decoder(before)
+    shown = [stream.push(i) for i in whole[len(before) :]]
+    assert "\ufffd" not in "".join(shown)
+    assert "".join(shown) + stream.finish() == after
+
+
+def test_a_space_that_was_invented_is_no_byte_of_the_text(
+  llama_style, bpe_file, tmp_path
+):
   """Of two texts in a row, the first of which begins with it as a target."""
   assert llama_style.invented_bytes == 1
   assert pickle.loads(pickle.dumps(llama_style)).invented_bytes == 1
+  level = json.loads(bpe_file.read_text())
+  level["pre_tokenizer"]["add_prefix_space"] = True
+  (tmp_path / "tokenizer.json").write_text(json.dumps(level))
+  assert load_tokenizer(tmp_path).invented_bytes == 1
+  assert load_tokenizer(bpe_file).invented_bytes == 0
   texts = ["the fox", "brown", ""]
   ids = np.concatenate([llama_style.encode_document(t) for t in texts])
   batch = {"tokens": ids[None, :-1], "targets": ids[None, 1:]}

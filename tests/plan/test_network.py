@@ -82,12 +82,22 @@ def test_exchanging():
 
 
 def test_a_ring_is_twice_as_fast_as_a_line():
-  line, ring = torus(4, 4, kind="TPU v5 lite"), torus(4, 4, 4)
-  group = range(4)  # along the last side, which closes on a v5p alone
+  line, ring = torus(4, 4, 1, kind="TPU v5 lite"), torus(4, 4, 4)
+  group = range(4)  # along a side that closes on a v5p alone
   link = CHIPS["TPU v5"].link
   assert ring.gather_seconds(group, 1e9) == pytest.approx(1e9 / (2 * link))
   link = CHIPS["TPU v5 lite"].link
   assert line.gather_seconds(group, 1e9) == pytest.approx(1e9 / link)
+
+
+def test_sixteen_in_a_row_close_in_two_dimensions():
+  network = torus(16, 16, 1, kind="TPU v5 lite")
+  link = CHIPS["TPU v5 lite"].link
+  row, whole = range(16), range(256)
+  assert network.gather_seconds(row, 1e9) == pytest.approx(1e9 / (2 * link))
+  assert network.gather_seconds(whole, 1e9) == pytest.approx(1e9 / (4 * link))
+  narrow = torus(8, 16, 1, kind="TPU v5 lite")
+  assert narrow.gather_seconds(row, 1e9) == pytest.approx(1e9 / (2 * link))
 
 
 @pytest.mark.parametrize("sides", [(2, 4, 4), (2, 2, 4), (4, 4, 2)])
