@@ -173,7 +173,7 @@ def load_sweep(path: str) -> Sweep:
     )
   beside = Path(filename).parent / sweep.config
   if beside.with_name(beside.name.partition(":")[0]).is_file():
-    sweep = dataclasses.replace(sweep, config=os.path.normpath(beside))
+    sweep = dataclasses.replace(sweep, config=str(beside))
   elif not Path(sweep.config.partition(":")[0]).is_file():
     raise ConfigError(
       f"{filename}: there is no config {sweep.config!r}, neither beside that "
