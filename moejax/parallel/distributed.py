@@ -57,7 +57,7 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
   """Runs a block as one of many processes, if the options say so.
 
   Output of all but the first is off. Whatever ends one process ends the others,
-  without waiting for them: they may be waiting for it.
+  soon: they may be waiting for it, or be about to end for the same reason.
 
   Raises:
     UserError: the others cannot be found, or an option is missing.
@@ -76,13 +76,16 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
       try:
         yield
       except UserError as e:
+        text = f"moejax: process {index} of {count}: {e}"
+        print(text, file=sys.stderr, flush=True)
         peers.leave(str(e))
-        print(f"moejax: process {index} of {count}: {e}", file=sys.stderr)
+        peers.wait_for_others()
         _exit(2)
       except Exception as e:
         if (lost := peers.find_lost()) is None:
           traceback.print_exc()
           peers.leave(f"{type(e).__name__}: {e}")
+          peers.wait_for_others()
           _exit(1)
         peers.say(lost)
         _exit(EXIT_PEER_LOST)

@@ -16,6 +16,9 @@ from moejax.runlock import process_start
 
 FOLDER = "processes"
 BEAT = 1.0  # seconds between signs, and between looks at those of the others
+# Seconds that a process has to end by itself, and to say why, once another has:
+# what ended that one, as a save that failed, often ends both.
+PATIENCE = 10.0
 EXIT_PEER_LOST = 76  # EX_PROTOCOL; the same command goes on
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -31,9 +34,9 @@ def _set_on_abort(handler: Any) -> ctypes.c_void_p:
 class Peers:
   """Writes `processes/I.json`, and ends this process when another is lost.
 
-  A process is lost if its file says so, if it is of this host and no longer
-  runs, or if its file was not touched for `lost_after` seconds. One that leaves
-  as it should removes its file.
+  A process is lost if its file says so, and for a while, if it is of this host
+  and no longer runs, or if its file was not touched for `lost_after` seconds.
+  One that leaves as it should removes its file.
   """
 
   def __init__(
@@ -61,6 +64,7 @@ class Peers:
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._on_abort = _Handler(self._abort)  # as long as C may call it
     self._known: dict[int, dict[str, Any]] = {}  # what each last said
+    self._ended: dict[int, float] = {}  # since when each is known to have
 
   def __enter__(self) -> Self:
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +87,20 @@ class Peers:
     self._stop.set()
     with contextlib.suppress(OSError):
       self._write(why)
+
+  def wait_for_others(self) -> None:
+    """Waits until all have ended, or had the time to, if this is process 0.
+
+    JAX's coordinator ends with it, and aborts them: they may be about to say
+    what went wrong.
+    """
+    if self._index:
+      return
+    end = time.monotonic() + PATIENCE + 2 * BEAT  # they look that often
+    while any(map(self._runs, range(1, self._count))):
+      if time.monotonic() > end:
+        return
+      time.sleep(BEAT / 10)
 
   def find_lost(self) -> str | None:
     """Waits until it is clear which process is lost; None if none is."""
@@ -129,25 +147,35 @@ class Peers:
     while not self._stop.wait(BEAT / 4):
       with contextlib.suppress(OSError):
         os.utime(self._path(self._index))
-      lost = self._lost()
+      lost = self._lost(PATIENCE)
       if lost is not None and not self._stop.is_set():
         self.say(lost)
         os._exit(EXIT_PEER_LOST)
 
-  def _lost(self) -> str | None:
+  def _lost(self, patience: float = 0) -> str | None:
     for index in range(self._count):
-      if index != self._index and (why := self._why_lost(index)):
+      if index != self._index and (why := self._why_lost(index, patience)):
         return why
     return None
 
-  def _why_lost(self, index: int) -> str | None:
-    """Of one process; None if it lives, left, or has not come yet."""
+  def _runs(self, index: int) -> bool:
+    found = self._read(index)
+    return bool(found) and found["ended"] is None and not _is_dead(found)
+
+  def _why_lost(self, index: int, patience: float) -> str | None:
+    """Of one process; None if it lives, left, or has not come yet.
+
+    Args: patience: seconds from when it said that it ends.
+    """
     found = self._read(index)
     if found is None:
       return None
     self._known[index] = found
     who = _who(index, found)
     if found["ended"] is not None:
+      since = self._ended.setdefault(index, time.monotonic())
+      if time.monotonic() - since < patience:
+        return None
       return f"{who} ended: {found['ended']}"
     if _is_dead(found):
       return f"{who} is dead"
