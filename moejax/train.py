@@ -80,11 +80,12 @@ def main(argv: list[str]) -> int:
   with distributed.joined(args, args.workdir):
     # Each would train its own model in part, and nothing would look wrong.
     mine = config.to_dict() | {"--stop-at": args.stop_at}
-    if changed := differences(processes.settings_of_first(mine), mine):
-      raise ConfigError(
-        f"not the settings of process 0: {'; '.join(changed[:3])}; start all "
-        "with the same command"
-      )
+    changed = differences(processes.settings_of_first(mine), mine)
+    if not processes.all_true(not changed):
+      what = "another process has not the settings of process 0"
+      if changed:
+        what = f"not the settings of process 0: {'; '.join(changed[:3])}"
+      raise ConfigError(f"{what}; start all with the same command")
     profile = ProfileWindow.parse(args.profile) if args.profile else None
     return train(
       config, args.workdir, not args.no_report, profile, args.stop_at

@@ -12,10 +12,15 @@ from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any, Self, TypeVar
 
-from etils import epath
-
-from moejax.checkpoint import arrays, files, layout, leaves, processes
-from moejax.checkpoint.manifest import ARRAYS, META, UNFINISHED, Manifest
+from moejax.checkpoint import (
+  arrays,
+  files,
+  layout,
+  leaves,
+  processes,
+  shares,
+)
+from moejax.checkpoint.manifest import ARRAYS, META, Manifest
 from moejax.checkpoint.reader import CheckpointReader
 from moejax.config import CheckpointConfig
 from moejax.errors import CheckpointError, StuckError
@@ -24,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 THREAD = "moejax-checkpoint"
-# One file for each process, with the digests of its share of a step's files.
-DIGESTS = "digests.{}.json"
 
 
 class Checkpointer(CheckpointReader):
@@ -257,21 +260,25 @@ class Checkpointer(CheckpointReader):
     them learn of it.
     """
     self._commits += 1
-    folder = self._folder(step)
-    if failure is None:
-      try:
-        _digest_share(folder)
-      except Exception as e:
-        failure = e
+    folder, digests = self._folder(step), {}
+    try:
+      if failure is None:
+        digests = shares.digest(folder)
+    except Exception as e:
+      failure = e
+    if failure is not None:
+      shares.tell_failure(folder, failure)
     processes.barrier(f"moejax_digests_{self._commits}", self._timeout)
-    if processes.is_first() and failure is None:
+    if processes.is_first():
       try:
-        digests = _collect_digests(folder)
+        digests |= shares.collect(folder)  # what fails there says more
+        if failure is not None:
+          raise failure
         self._ask(self._before_commit)
         layout.commit(folder, Manifest(step, table, digests).to_text())
         self._damaged.pop(step, None)
         self._retire(step)
-      except Exception as e:
+      except BaseException as e:
         failure = e
     processes.barrier(f"moejax_committed_{self._commits}", self._timeout)
     if failure is not None:
@@ -345,43 +352,6 @@ class Checkpointer(CheckpointReader):
         self._damaged.pop(step, None)
     except Exception as e:  # the new step is whole all the same
       logger.warning("could not delete an old checkpoint: %s", e)
-
-
-def _digest_share(folder: epath.Path) -> None:
-  """Reads this process's share of a step's files and writes their digests.
-
-  A file, not a message: it works on every store and needs no devices, which
-  train meanwhile. A missing one tells process 0 of a failure.
-
-  Raises:
-    OSError: a file could not be read, or the result not be written.
-  """
-  index, count = processes.index_and_count()
-  own = (UNFINISHED, *(DIGESTS.format(i) for i in range(count)))
-  names = [name for name in files.list_files(folder) if name not in own]
-  digests = files.digest_files(folder, names[index::count], sync=True)
-  for entry in digests.values():
-    if isinstance(entry, OSError):
-      raise entry
-  files.write_text(folder / DIGESTS.format(index), json.dumps(digests))
-
-
-def _collect_digests(folder: epath.Path) -> dict[str, tuple[int, str]]:
-  """All processes' digests.
-
-  Raises:
-    CheckpointError: a process has written none.
-  """
-  _, count = processes.index_and_count()
-  digests = {}
-  for i in range(count):
-    path = folder / DIGESTS.format(i)
-    try:
-      digests |= json.loads(files.read_bytes(path))
-    except FileNotFoundError:
-      raise CheckpointError(f"process {i} could not write its part") from None
-    files.remove(path)
-  return {name: tuple(entry) for name, entry in digests.items()}
 
 
 def _to_json(meta: Mapping[str, Any]) -> str:

@@ -17,8 +17,8 @@ from moejax.checkpoint import (
   CheckpointReader,
   arrays,
   layout,
+  shares,
   state_digest,
-  writer,
 )
 from moejax.errors import CheckpointError, StuckError
 from moejax.runlock import RunLockError
@@ -267,7 +267,7 @@ def test_a_run_that_lost_its_place_removes_nothing(tmp_path, hook, monkeypatch):
   hooks = {"before_begin": lambda: None, "before_commit": lambda: None}
   hooks |= {hook: held} if hook in hooks else {}
   if hook == "neither":
-    monkeypatch.setattr(writer, "_digest_share", gone)
+    monkeypatch.setattr(shares, "digest", gone)
   ckpt = Checkpointer(
     tmp_path, keep_last=5, before_begin=lambda: hooks["before_begin"](),
     before_commit=hooks["before_commit"],

@@ -249,11 +249,11 @@ def test_processes_of_different_settings_do_not_train(place):
   port, rate = free_port(), "--config.optimizer.learning_rate=0.5"
   (first,) = start(place, 2, "unlike", *TWO, port=port, indices=[0])
   (other,) = start(place, 2, "unlike", *TWO, rate, port=port, indices=[1])
-  (_, _, said), (status, _, errors) = finish([first, other])
-  assert status == 2
+  (status_0, _, said), (status_1, _, errors) = finish([first, other])
+  assert [status_0, status_1] == [2, 2]
   what = "settings of process 0: optimizer.learning_rate: 0.01 -> 0.5; start"
   assert what in errors
-  assert "process 1 (pid" in said and what in said
+  assert "another process has not the settings of process 0; start" in said
   assert not (place / "unlike" / "checkpoints").exists()
 
 
