@@ -286,6 +286,24 @@ def test_diverged_parameters_are_never_saved(place):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params)), step
 
 
+def test_a_mesh_that_drops_rows_does_not_in_evaluation(place, monkeypatch):
+  two = "--xla_force_host_platform_device_count=2"
+  monkeypatch.setenv("XLA_FLAGS", two)
+  done = train(
+    place, "dropping", "--config.train.num_steps=15",
+    "--config.parallel.expert=2", "--config.parallel.receive_factor=1.0",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  steps = [json.loads(line) for line in lines(place / "dropping")]
+  assert all(step["router/dropped"] > 0 for step in steps)
+  monkeypatch.delenv("XLA_FLAGS")
+  alone = moejax(place, "eval", "dropping", "--json")
+  assert alone.returncode == 0, alone.stderr
+  logged = json.loads(lines(place / "dropping", "eval.jsonl")[-1])
+  want = json.loads(alone.stdout)["xent"]
+  assert logged["validation/xent"] == pytest.approx(want, rel=1e-5)
+
+
 def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):
   monkeypatch.chdir(place)
   rows = []
