@@ -292,16 +292,17 @@ def test_a_mesh_that_drops_rows_does_not_in_evaluation(place, monkeypatch):
   done = train(
     place, "dropping", "--config.train.num_steps=15",
     "--config.parallel.expert=2", "--config.parallel.receive_factor=1.0",
+    "--config.model.moe.router=top_k(k=1)", "--config.loss.load_balance=0.0",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   steps = [json.loads(line) for line in lines(place / "dropping")]
-  assert all(step["router/dropped"] > 0 for step in steps)
+  assert all(step["router/dropped"] > 0.1 for step in steps)
   monkeypatch.delenv("XLA_FLAGS")
   alone = moejax(place, "eval", "dropping", "--json")
   assert alone.returncode == 0, alone.stderr
   logged = json.loads(lines(place / "dropping", "eval.jsonl")[-1])
   want = json.loads(alone.stdout)["xent"]
-  assert logged["validation/xent"] == pytest.approx(want, rel=1e-5)
+  assert logged["validation/xent"] == pytest.approx(want, rel=2e-6)
 
 
 def test_accumulation_does_not_change_what_is_evaluated(place, monkeypatch):
