@@ -17,7 +17,7 @@ import xxhash
 from etils import epath
 
 from moejax import storage
-from moejax.errors import CheckpointError, UserError
+from moejax.errors import UserError
 
 CHUNK = 1 << 20  # bytes read at a time, which stay in a core's cache
 THREADS = 4  # hashing lets go of the interpreter lock
@@ -164,7 +164,7 @@ def free_bytes(folder: epath.Path) -> int | None:
 
 def reason(error: BaseException) -> str:
   """What a person needs of it; TensorStore's texts run to pages."""
-  if isinstance(error, CheckpointError):
+  if isinstance(error, UserError):
     return str(error)
   text = " ".join(str(error).split())
   system = re.search(r"os_error_code='(\d+)'", text)
