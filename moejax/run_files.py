@@ -70,13 +70,13 @@ class RunFiles:
     self._lock.release()
 
   def require_held(self) -> None:
-    """Makes sure that an address still is this run's.
+    """Makes sure that the folder or address still is this run's.
 
     Raises:
-      RunLockError: another run has taken it over.
+      RunLockError: it was removed, or another run has taken it over.
       StorageError: the store does not answer.
     """
-    if self._first and self._address:
+    if self._first:
       self._lock.require_held()
 
   def send(self) -> None:

@@ -111,7 +111,22 @@ class RunLock:
     os.close(fd)
 
   def require_held(self) -> None:
-    """Does nothing: what flock has given, nobody takes away."""
+    """Makes sure that the folder still is the one that was locked.
+
+    What flock has given, nobody takes away.
+
+    Raises:
+      RunLockError: it was removed, moved or replaced.
+    """
+    if self._fd is None:
+      return
+    with contextlib.suppress(OSError):  # a disk that says nothing now
+      held = os.fstat(self._fd)
+      if not _is_at(self.path, held):
+        raise RunLockError(
+          f"{self.workdir} was removed or moved while its run goes on; put it "
+          "back, or make it anew: the same command goes on from what is there"
+        )
 
   def __enter__(self) -> Self:
     self.acquire()
@@ -174,6 +189,13 @@ class RunLock:
 # Locks of this process, for children that fork without exec: a copy of the
 # descriptor in a data worker that outlives a killed run would keep the lock.
 _open_locks: set[RunLock] = set()
+
+
+def _is_at(path: str, held: os.stat_result) -> bool:
+  try:
+    return os.path.samestat(os.stat(path), held)
+  except FileNotFoundError:
+    return False
 
 
 def _close_in_child() -> None:

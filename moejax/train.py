@@ -58,6 +58,9 @@ from moejax.step import (
   state_shardings,
 )
 
+# Seconds that compilers of a run's processes may be apart.
+COMPILED_WITHIN = 6 * 3600.0
+
 
 def main(argv: list[str]) -> int:
   """`moejax train --config=FILE --workdir=DIR`."""
@@ -194,6 +197,8 @@ def train(
       # All of them now: the last phase is not to fail after a month.
       ready = time.time()
       programs = compile_phases(config, model, mesh, left)
+      # They share steps from here: who waits in one has a library's patience.
+      processes.barrier("moejax_compiled", COMPILED_WITHIN)
       if first:
         runs.write_files(files.folder, config, tokenizer)
         compiling = time.time() - ready

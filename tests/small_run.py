@@ -63,5 +63,5 @@ def environment():
 def moejax(place, *args):
   return subprocess.run(
     command(*args), cwd=place, env=environment(), capture_output=True,
-    text=True, timeout=300,
+    text=True, timeout=900,
   )  # fmt: skip

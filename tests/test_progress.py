@@ -255,9 +255,10 @@ def test_bytes_have_three_digits(number, text):
   assert progress.format_bytes(number) == text
 
 
-def test_what_was_done_before_took_no_time(capsys):
+def test_what_was_done_before_took_no_time(capsys, clock):
   with progress.progress_bar("steps", 1000, done=500) as bar:
     bar.advance(50)
+    clock.now += 0.02
     bar.advance(50)
   lines = capsys.readouterr().out.splitlines()
   assert lines == ["steps  550/1000", "steps  600/1000  0 s left"]

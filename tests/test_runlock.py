@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_of_two_that_start_at_once_without_flock_the_last_one_wins(
 def test_a_holder_on_another_host_is_watched(
   tmp_path, monkeypatch, caplog, alive
 ):
-  monkeypatch.setattr(runlock, "PATIENCE", 1.0)
+  monkeypatch.setattr(runlock, "PATIENCE", 60.0 if alive else 1.0)
   write_info(tmp_path, host="elsewhere", pid=1)
   stop = threading.Event()
 
@@ -305,3 +306,27 @@ def test_off_the_main_thread_it_does_nothing_but_say_so(caplog):
 
 def test_exit_code_is_the_documented_one():
   assert os.EX_TEMPFAIL == runlock.EXIT_SAVED == 75
+
+
+@pytest.mark.parametrize("what", ["removed", "moved", "made anew"])
+def test_a_folder_that_is_not_there_any_more_is_not_held(tmp_path, what):
+  folder = tmp_path / "run"
+  with RunLock(folder) as lock:
+    lock.require_held()
+    if what == "moved":
+      folder.rename(tmp_path / "elsewhere")
+    else:
+      shutil.rmtree(folder)
+    if what == "made anew":
+      folder.mkdir()
+      (folder / runlock.LOCK_FILE).touch()
+    with pytest.raises(RunLockError, match="run was removed or moved while"):
+      lock.require_held()
+
+
+def test_a_folder_behind_a_link_is_held(tmp_path):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "link").symlink_to("run")
+  with RunLock(tmp_path / "link") as lock:
+    lock.require_held()
+  RunLock(tmp_path, holder=False).require_held()  # another process has it

@@ -121,11 +121,8 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
     )
   # JAX ends a process whose time is up by a crash: our clock is to be first,
   # here as in the watch that names who is lost.
-  patience = threading.Timer(_SILENT, _still_joining, [args])
-  clock = threading.Timer(args.join_timeout, _not_joined, [args])
-  for timer in (patience, clock):
-    timer.daemon = True
-    timer.start()
+  joined = threading.Event()
+  threading.Thread(target=_watch_join, args=(args, joined), daemon=True).start()
   try:
     jax.distributed.initialize(
       *given, initialization_timeout=args.join_timeout + 30,
@@ -138,25 +135,25 @@ def _join(args: argparse.Namespace) -> tuple[int, int]:
       "--num-processes and --process-id"
     ) from e
   finally:
-    patience.cancel()
-    clock.cancel()
+    joined.set()
   try:
     return jax.process_index(), jax.process_count()
   except RuntimeError as e:
     raise UserError(f"no devices: {str(e).splitlines()[0]}") from e
 
 
-def _still_joining(args: argparse.Namespace) -> None:
+def _watch_join(args: argparse.Namespace, joined: threading.Event) -> None:
+  """Says that this waits, and ends the process when its time is up."""
   where = args.coordinator or "the coordinator"
+  if joined.wait(min(_SILENT, args.join_timeout)):
+    return
   print(
     f"waiting for the others at {where}, up to {args.join_timeout} s...",
     flush=True,
   )
-
-
-def _not_joined(args: argparse.Namespace) -> None:
+  if joined.wait(max(args.join_timeout - _SILENT, 0)):
+    return
   me = "" if args.process_id is None else f"process {args.process_id} "
-  where = args.coordinator or "the coordinator"
   text = (
     f"moejax: {me}could not join the others at {where} within "
     f"{args.join_timeout} s; do all run, with the same --coordinator and "

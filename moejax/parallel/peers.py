@@ -59,7 +59,7 @@ class Peers:
     self._folder = Path(workdir) / FOLDER
     self._start, self._index, self._count = start, index, count
     self._lost_after = lost_after
-    self._seen: dict[int, tuple[float, float]] = {}
+    self._silence = {i: _Silence() for i in range(count)}
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._watch, daemon=True)
     self._on_abort = _Handler(self._abort)  # as long as C may call it
@@ -101,6 +101,7 @@ class Peers:
       if time.monotonic() > end:
         return
       time.sleep(BEAT / 10)
+    time.sleep(BEAT / 5)  # from its last word to its end
 
   def find_lost(self) -> str | None:
     """Waits until it is clear which process is lost; None if none is."""
@@ -172,18 +173,18 @@ class Peers:
       return None
     self._known[index] = found
     who = _who(index, found)
+    if found["ended"] is None and _is_dead(found):
+      found = self._read(index)  # its last word may have come since
+      if found is None:
+        return None
+      if found["ended"] is None:
+        return f"{who} is dead"
     if found["ended"] is not None:
       since = self._ended.setdefault(index, time.monotonic())
       if time.monotonic() - since < patience:
         return None
       return f"{who} ended: {found['ended']}"
-    if _is_dead(found):
-      return f"{who} is dead"
-    # The file's own time is compared with itself: clocks of hosts differ.
-    touched, now = found["touched"], time.monotonic()
-    if index not in self._seen or self._seen[index][0] != touched:
-      self._seen[index] = touched, now
-    silent = now - self._seen[index][1]
+    silent = self._silence[index].seconds(found["touched"])
     if silent > self._lost_after:
       return f"{who} gave no sign of life for {silent:.0f} s"
     return None
@@ -212,6 +213,23 @@ class Peers:
 
   def _path(self, index: int) -> Path:
     return self._folder / f"{index}.json"
+
+
+class _Silence:
+  """Seconds without a sign of life, as one sees that looks every BEAT."""
+
+  def __init__(self):
+    self._touched, self._looked, self._seconds = -1.0, time.monotonic(), 0.0
+
+  def seconds(self, touched: float) -> float:
+    """Args: touched: the file's time, compared with itself: clocks differ."""
+    now = time.monotonic()
+    # If this process, or the whole machine, slept, the other may have too.
+    self._seconds += min(now - self._looked, BEAT)
+    if touched != self._touched:
+      self._touched, self._seconds = touched, 0.0
+    self._looked = now
+    return self._seconds
 
 
 def _who(index: int, found: dict[str, Any]) -> str:

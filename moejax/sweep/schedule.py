@@ -23,7 +23,7 @@ from moejax.sweep.state import (
 )
 from moejax.sweep.worker import LOG, Worker, places
 
-_LOOK_EVERY = 1.0  # seconds
+_LOOK_EVERY = 0.2  # seconds; a signal waits as long
 
 
 def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
@@ -75,7 +75,7 @@ def run_all(workdir: Path, runs: list[PlannedRun], jobs: int) -> bool:
 
 
 def _ended(workers: list[Worker]) -> list[Worker]:
-  """Those that have ended their run, within a second."""
+  """Those that have ended their run, soon."""
   busy = {w.waitable: w for w in workers if w.run}
   return [busy[c] for c in connection.wait(list(busy), _LOOK_EVERY)]
 

@@ -142,8 +142,8 @@ def test_a_save_that_hangs_is_given_up(tmp_path, monkeypatch, place, name):
     began = time.monotonic()
     message = r"step 2 .*not ended after 1 s"
     with pytest.raises(StuckError, match=message):
-      save_slowly(tmp_path, notice)
-    assert 1 <= time.monotonic() - began < 5
+      save_slowly(tmp_path / notice.__name__, notice)
+    assert 1 <= time.monotonic() - began < 30
   end.set()
 
 
@@ -168,13 +168,13 @@ def test_nothing_is_written_after_a_save_has_failed(tmp_path, monkeypatch):
 
   monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", fail)
   with pytest.raises(CheckpointError, match="one item failed"):
-    save_slowly(tmp_path, save_and_wait, step=1)
+    save_slowly(tmp_path, save_and_wait, step=1, timeout=60)
   time.sleep(0.7)
   assert not stray.exists()
 
 
-def save_slowly(folder, notice, step=2):
-  with Checkpointer(folder, keep_last=2, timeout=1) as ckpt:
+def save_slowly(folder, notice, step=2, timeout=1):
+  with Checkpointer(folder, keep_last=2, timeout=timeout) as ckpt:
     ckpt.save(step, state_of(step, 0.1), {})
     notice(ckpt, step + 1)
 

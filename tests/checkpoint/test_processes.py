@@ -86,7 +86,7 @@ with Checkpointer(folder, keep_last=2) as ckpt:
 
 # Only one process gets the signal; both stop after the same step.
 with PreemptionGuard() as guard:
-  for step in range(10_000):
+  for step in range(10**8):
     if step == 5 and index == 1:
       os.kill(os.getpid(), getattr(signal, sys.argv[4]))
     jax.block_until_ready(make(step))
@@ -121,7 +121,7 @@ def test_two_processes(tmp_path, stop_signal):
             env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
           )
         )  # fmt: skip
-    codes = [worker.wait(timeout=100) for worker in workers]
+    codes = [worker.wait(timeout=300) for worker in workers]
   finally:
     for worker in workers:
       worker.kill()
@@ -131,7 +131,7 @@ def test_two_processes(tmp_path, stop_signal):
   assert codes == [0, 0], both
   first, second = (text.rpartition("stopped ")[2].split()[0] for text in texts)
   assert first == second, "stopped at different steps"
-  assert 5 <= int(first) < 9_999
+  assert int(first) >= 5
   assert "passing over the damaged checkpoint of step 3" in texts[0]
   assert "passing over the damaged checkpoint of step 3" in texts[1]
 

@@ -199,6 +199,7 @@ moejax.data.builder.prepare(DataConfig(**{dataclasses.asdict(config)!r}),
     time.sleep(0.01)
   process.kill()
   process.wait()
+  deadline = time.monotonic() + 60
   while any(_alive(pid) for pid in workers):
     assert time.monotonic() < deadline, "a worker outlives its parent"
     time.sleep(0.05)
@@ -208,7 +209,7 @@ def _alive(pid):
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     return stat.rsplit(")")[-1].split()[0] != "Z"
-  except FileNotFoundError:
+  except (FileNotFoundError, ProcessLookupError):
     return False
 
 

@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
+from moejax.checkpoint.writer import THREAD
 from tests.small_run import command
 
 
@@ -66,7 +68,7 @@ def _limit_memory(_):
 def _start_again(words):
   """The same command a second time, while this one runs."""
   done = subprocess.run(
-    command(*words.split()), capture_output=True, text=True, timeout=120
+    command(*words.split()), capture_output=True, text=True, timeout=300
   )
   found = {"status": done.returncode, "error": done.stderr}
   pathlib.Path("second.json").write_text(json.dumps(found))
@@ -80,9 +82,15 @@ def _raise_on(process):
     raise ValueError("it cannot be evaluated")
 
 
+def _wait_for_saves():
+  for thread in threading.enumerate():
+    if thread.name == THREAD:
+      thread.join()
+
+
 def _jump(days):
   """Python's clock is wrong from now on; no save goes on meanwhile."""
-  time.sleep(2)
+  _wait_for_saves()
   right = time.time
   time.time = lambda: right() + float(days) * 86400
 
@@ -91,6 +99,12 @@ def _remove(folder):
   """While a save may be making files in it."""
   while pathlib.Path(folder).exists():
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_saved(folder):
+  """While no save goes on: the next would make it anew."""
+  _wait_for_saves()
+  _remove(folder)
 
 
 def _move(words):
@@ -107,5 +121,6 @@ ACTIONS = {
   "raise_on": _raise_on,
   "move": _move,
   "remove": _remove,
+  "remove_saved": _remove_saved,
   "exit": lambda status: sys.exit(int(status)),
 }

@@ -54,10 +54,13 @@ def test_a_second_run_is_refused_and_the_first_goes_on(place, unbroken):
   assert_same_run(place / "taken", unbroken)
 
 
-def test_the_workdir_vanishes(place, unbroken):
-  done = train(place, "gone", *faulty.option(12, "remove", "gone"))
+@pytest.mark.parametrize("when", ["remove", "remove_saved"])
+def test_the_workdir_vanishes(place, unbroken, when):
+  done = train(place, "gone", *faulty.option(12, when, "gone"))
   assert done.returncode == 2
   assert "gone" in error_of(done)
+  if when == "remove_saved":
+    assert "gone was removed or moved while its run" in error_of(done)
   shutil.rmtree(place / "gone", ignore_errors=True)
   assert train(place, "gone").returncode == 0
   assert_same_run(place / "gone", unbroken)

@@ -15,6 +15,7 @@ import pytest
 
 from moejax.cli import parse_config
 from moejax.config import phases_of
+from tests.faults.test_headline import wait_for_launch
 from tests.small_run import command, environment
 from tests.test_train import assert_same_run, wait_for_step
 
@@ -71,9 +72,10 @@ def test_a_kill_in_each_phase(name, tmp_path):
   assert len(phases) >= 2
   run(tmp_path, path, "data", "prepare", *options)
   run(tmp_path, path, "train", "--workdir=whole", *options)
-  for phase in phases:
+  for number, phase in enumerate(phases, 1):
     process = start(tmp_path, path, "train", "--workdir=killed", *options)
     step = (phase.start + phase.end + 1) // 2
+    wait_for_launch(tmp_path / "killed", number, process)
     wait_for_step(tmp_path / "killed", step, process)
     assert process.poll() is None
     process.kill()

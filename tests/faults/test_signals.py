@@ -36,7 +36,7 @@ def test_sigterm_twice_before_the_first_step(place, unbroken):
   for _ in range(2):
     process.send_signal(signal.SIGTERM)
     time.sleep(0.1)
-  out, error = process.communicate(timeout=120)
+  out, error = process.communicate(timeout=300)
   assert process.returncode == 75, error
   assert "stopped at step 1, saved" in out
   assert CheckpointReader(place / "early" / "checkpoints").steps() == [1]
@@ -59,7 +59,7 @@ def test_stopped_and_continued(place, unbroken):
   process.send_signal(signal.SIGSTOP)
   time.sleep(3)
   process.send_signal(signal.SIGCONT)
-  _, error = process.communicate(timeout=120)
+  _, error = process.communicate(timeout=300)
   assert process.returncode == 0, error
   assert_same_run(place / "paused", unbroken)
 

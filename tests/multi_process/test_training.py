@@ -75,7 +75,7 @@ def start(place, count, run, *options, port=None, indices=None, before=()):
   ]
 
 
-def finish(processes, timeout=300):
+def finish(processes, timeout=900):
   """(status, output, errors) of each."""
   try:
     out = [p.communicate(timeout=timeout) for p in processes]
@@ -118,7 +118,7 @@ def test_the_slurm_script_as_it_is(place, alone):
   }
   done = subprocess.run(
     ["bash", script, "config.py", "slurm", *SOURCES, *TWO], cwd=place, env=env,
-    capture_output=True, text=True, timeout=300,
+    capture_output=True, text=True, timeout=900,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert "mesh: expert=2 on 2 devices" in done.stdout
@@ -163,7 +163,8 @@ def test_four_processes_train_what_one_does(by_four, alone):
   # One of them speaks.
   assert "mesh: fsdp=2, expert=2 on 4 devices" in done[0][1]
   for _, out, _ in done[1:]:  # a library's own lines apart
-    assert not [x for x in out.splitlines() if not x.startswith("[Gloo]")]
+    own = ("[Gloo]", "waiting for the others")
+    assert not [x for x in out.splitlines() if not x.startswith(own)]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -184,12 +185,13 @@ def test_others_go_on_from_what_four_saved(place, by_four, alone, count):
 
 
 def wait_for_step(place, run, step, processes):
-  path, limit = place / run / "metrics.jsonl", time.monotonic() + 120
+  path, limit = place / run / "metrics.jsonl", time.monotonic() + 600
   while time.monotonic() < limit:
     if path.exists() and len(path.read_bytes().splitlines()) >= step:
       return
     assert all(p.poll() is None for p in processes), finish(processes)
     time.sleep(0.02)
+  pytest.fail(f"{run} has not come to step {step}")
 
 
 @pytest.mark.parametrize(
@@ -199,14 +201,14 @@ def wait_for_step(place, run, step, processes):
 def test_one_that_is_lost_ends_the_others_by_name(place, alone, lost, number):
   """Killed or hung: they stop, say who it was, and all go on later."""
   run = f"lost_{number.name}_{lost}"
-  slow = ("--config.eval.every=1", "--lost-after=5")
+  slow = ("--config.eval.every=1", "--lost-after=8")
   processes = start(place, 2, run, *TWO, *slow)
   wait_for_step(place, run, 7, processes)
   gone, other = processes[lost], processes[1 - lost]
   gone.send_signal(number)
   begun = time.monotonic()
-  _, errors = other.communicate(timeout=60)
-  assert time.monotonic() - begun < 30
+  _, errors = other.communicate(timeout=120)
+  assert time.monotonic() - begun < 60
   gone.kill()
   gone.communicate()
   assert other.returncode == EXIT_PEER_LOST, errors
@@ -237,8 +239,8 @@ def test_a_lost_leader_on_another_host_is_named(place, tmp_path):
   wait_for_step(place, "leader", 7, [first, other])
   first.kill()
   begun = time.monotonic()
-  _, errors = other.communicate(timeout=60)
-  assert time.monotonic() - begun < 30
+  _, errors = other.communicate(timeout=120)
+  assert time.monotonic() - begun < 60
   first.communicate()
   assert other.returncode != 0
   assert f"process 0 (pid {first.pid} on {socket.gethostname()})" in errors
