@@ -56,14 +56,15 @@ def test_a_second_run_is_refused_and_the_first_goes_on(place, unbroken):
 
 @pytest.mark.parametrize("when", ["remove", "remove_saved"])
 def test_the_workdir_vanishes(place, unbroken, when):
-  done = train(place, "gone", *faulty.option(12, when, "gone"))
+  run = f"gone_{when}"
+  done = train(place, run, *faulty.option(12, when, run))
   assert done.returncode == 2
-  assert "gone" in error_of(done)
+  assert run in error_of(done)
   if when == "remove_saved":
-    assert "gone was removed or moved while its run" in error_of(done)
-  shutil.rmtree(place / "gone", ignore_errors=True)
-  assert train(place, "gone").returncode == 0
-  assert_same_run(place / "gone", unbroken)
+    assert f"{run} was removed or moved while its run" in error_of(done)
+  shutil.rmtree(place / run, ignore_errors=True)
+  assert train(place, run).returncode == 0
+  assert_same_run(place / run, unbroken)
 
 
 def test_strays_among_the_checkpoints(place, unbroken):
