@@ -82,7 +82,7 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
         peers.wait_for_others()
         _exit(2)
       except Exception as e:
-        if (lost := peers.find_lost()) is None:
+        if (lost := peers.find_lost(e)) is None:
           traceback.print_exc()
           peers.leave(f"{type(e).__name__}: {e}")
           peers.wait_for_others()

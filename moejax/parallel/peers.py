@@ -103,22 +103,34 @@ class Peers:
       time.sleep(BEAT / 10)
     time.sleep(BEAT / 5)  # from its last word to its end
 
-  def find_lost(self) -> str | None:
-    """Waits until it is clear which process is lost; None if none is."""
-    end = time.monotonic() + self._lost_after + 2 * BEAT
-    while time.monotonic() < end:
+  def find_lost(self, error: Exception) -> str | None:
+    """Waits until it is clear which process is lost; None if none is.
+
+    Args: error: what this process came upon; said if the wait is long.
+    """
+    patience = self._lost_after + 2 * BEAT
+    began, said = time.monotonic(), False
+    while (waited := time.monotonic() - began) < patience:
       if (lost := self._lost()) is not None:
         return lost
+      if waited > 2 * BEAT and not said:
+        said = True
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self._write_line(
+          f"process {self._index} of {self._count}: {what}; looking whether "
+          f"another process is lost, up to {patience:.0f} s..."
+        )
       time.sleep(BEAT / 4)
     return None
 
   def say(self, lost: str) -> None:
-    text = (
-      f"\nmoejax: process {self._index} of {self._count} stops: {lost}. Start "
-      "all again with the same command: the run goes on from its newest "
-      "checkpoint\n"
+    self._write_line(
+      f"process {self._index} of {self._count} stops: {lost}. Start all again "
+      "with the same command: the run goes on from its newest checkpoint"
     )
-    os.write(2, text.encode())
+
+  def _write_line(self, text: str) -> None:
+    os.write(2, f"\nmoejax: {text}\n".encode())  # from any thread, at any time
 
   def _abort(self, signum: int) -> None:
     """A library ends this process, and has said why in words of its own.
@@ -137,12 +149,10 @@ class Peers:
         self.say(f"{_who(index, found)} is dead")
         os._exit(EXIT_PEER_LOST)
     if 0 in self._known:
-      text = (
-        f"\nmoejax: process {self._index} of {self._count} was aborted, as "
-        "said above; a leader or coordinator that is lost is "
-        f"{_who(0, self._known[0])}\n"
+      self._write_line(
+        f"process {self._index} of {self._count} was aborted, as said above; a "
+        f"leader or coordinator that is lost is {_who(0, self._known[0])}"
       )
-      os.write(2, text.encode())
 
   def _watch(self) -> None:
     while not self._stop.wait(BEAT / 4):

@@ -142,3 +142,11 @@ def test_a_machine_that_slept_is_no_silence(monkeypatch):
   ]:  # fmt: skip
     now[0] += later
     assert silence.seconds(touched) == heard
+
+
+def test_an_error_is_said_while_it_looks_for_a_lost_process(tmp_path, capfd):
+  leader, _ = two(tmp_path)
+  leader._lost_after = 2
+  assert leader.find_lost(ValueError("two\nlines")) is None
+  said = "process 0 of 2: ValueError: two lines; looking whether another"
+  assert said in capfd.readouterr().err
