@@ -145,7 +145,8 @@ def test_a_machine_that_slept_is_no_silence(monkeypatch):
 
 
 def test_an_error_is_said_while_it_looks_for_a_lost_process(tmp_path, capfd):
-  leader, _ = two(tmp_path)
+  leader, other = two(tmp_path)
+  other._path(1).unlink()  # it left as it should
   leader._lost_after = 2
   assert leader.find_lost(ValueError("two\nlines")) is None
   said = "process 0 of 2: ValueError: two lines; looking whether another"
