@@ -97,9 +97,7 @@ def evaluate_batches(
     tokenizer: of their ids.
     names: of the sources of the rows, which are then told apart.
   """
-  # Runs that differ in their seed alone share it.
-  any_seed = dataclasses.replace(config, seed=0)
-  eval_step = _jitted_eval_step(any_seed, model)
+  eval_step = jitted_eval_step(config, model)
   xent = tokens = num_bytes = 0.0
   by_source = np.zeros((3, len(names)))  # xent, tokens, bytes
   stats = None
@@ -170,8 +168,13 @@ def _shown(batches: Iterable[Any]) -> Iterator[Any]:
       bar.advance()
 
 
+def jitted_eval_step(config: Config, model: Transformer):
+  """`make_eval_step`; runs that differ in their seed alone share it."""
+  return _eval_step_of_any_seed(dataclasses.replace(config, seed=0), model)
+
+
 @functools.lru_cache(maxsize=32)
-def _jitted_eval_step(config: Config, model: Transformer):
+def _eval_step_of_any_seed(config: Config, model: Transformer):
   # Whole on each device, so that each process can read them.
   everywhere = model.placement.sharding(Axes())
   return jax.jit(make_eval_step(config, model), out_shardings=everywhere)

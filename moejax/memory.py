@@ -4,14 +4,15 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from moejax.config import Config, Phase
 from moejax.errors import ConfigError
+from moejax.evaluate import jitted_eval_step, micro_rows
 from moejax.hardware import machine_memory
 from moejax.models import Transformer
 from moejax.models.placement import TOKENS
@@ -108,13 +109,7 @@ def peak_bytes(compiled: Any, platform: str) -> int:
 def lower_step(config: Config, model: Transformer, state: TrainState):
   """The step of abstract arguments, ready to be compiled."""
   shape = config.train.batch_size, config.data.seq_len
-  where = model.placement.sharding(TOKENS)
-  if len(state.step.sharding.device_set) == 1:
-    where = state.step.sharding  # the one device, which need not be here
-  array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-  batch = dict.fromkeys(BATCH_KEYS, array("int32")) | {
-    "loss_mask": array("bool")
-  }
+  batch = _abstract_batch(shape, _batch_sharding(model, state))
   where = jax.tree.map(lambda x: x.sharding, state)
   step = jax.jit(
     make_train_step(config, model), donate_argnums=0,
@@ -122,6 +117,65 @@ def lower_step(config: Config, model: Transformer, state: TrainState):
     out_shardings=(where, where.step),
   )  # fmt: skip
   return step.lower(state, batch)
+
+
+def _batch_sharding(model: Transformer, state: TrainState) -> Sharding:
+  if len(state.step.sharding.device_set) == 1:
+    return state.step.sharding  # the one device, which need not be here
+  return model.placement.sharding(TOKENS)
+
+
+def _abstract_batch(
+  shape: tuple[int, int], where: Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+  array = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+  return dict.fromkeys(BATCH_KEYS, array("int32")) | {
+    "loss_mask": array("bool")
+  }
+
+
+def check_evaluation_fits(
+  models: Mapping[Phase, Transformer],
+  phases: Sequence[Phase],
+  state: TrainState,
+) -> None:
+  """Refuses validation that has no room beside the training state.
+
+  Where it may take more than a step does: with rows of its own, or with room
+  for all of them where training drops what is beyond `parallel.receive_factor`.
+
+  Args:
+    models: what evaluates, by phase.
+    phases: that are left.
+    state: shapes, dtypes and shardings.
+
+  Raises:
+    ConfigError: more memory than there is.
+  """
+  checked = set()
+  for phase in phases:
+    config, model = phase.config, models[phase]
+    rows = micro_rows(config)
+    shape = rows, config.data.seq_len
+    more = rows > config.train.batch_size // config.train.accumulation_steps
+    if not config.eval.every or shape in checked:
+      continue
+    if not (more or config.parallel.receive_factor):
+      continue
+    checked.add(shape)
+    where = _batch_sharding(model, state)
+    lowered = jitted_eval_step(config, model).lower(
+      state.variables, _abstract_batch(shape, where)
+    )
+    platform = jax.local_devices()[0].platform
+    beside = device_bytes(state) - device_bytes(state.variables)
+    what = f"evaluating {rows} rows at a time"
+    if config.parallel.receive_factor:
+      what += ", where each device has room for all of them,"
+    require_memory(
+      peak_bytes(lowered.compile(), platform) + beside, what,
+      "lower eval.batch_size, or set eval.every=0", _local_devices(state),
+    )  # fmt: skip
 
 
 def check_state_fits(state: TrainState) -> None:

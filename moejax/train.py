@@ -37,7 +37,11 @@ from moejax.hardware import keep_freed_memory, keep_programs
 from moejax.held_out import HeldOut
 from moejax.init_from import weights_of
 from moejax.loop import Loop
-from moejax.memory import check_state_fits, compile_phases
+from moejax.memory import (
+  check_evaluation_fits,
+  check_state_fits,
+  compile_phases,
+)
 from moejax.metrics import FILES
 from moejax.models import Transformer, count
 from moejax.models.transformer import describe_backends
@@ -197,6 +201,7 @@ def train(
       # All of them now: the last phase is not to fail after a month.
       ready = time.time()
       programs = compile_phases(config, model, mesh, left)
+      check_evaluation_fits(models, left, abstract)
       # They share steps from here: who waits in one has a library's patience.
       processes.barrier("moejax_compiled", COMPILED_WITHIN)
       if first:

@@ -3,10 +3,16 @@
 
 import re
 
+import jax
 import pytest
 
+from moejax import memory
 from moejax.__main__ import main
+from moejax.cli import parse_config
+from moejax.config import phases_of
 from moejax.errors import ConfigError
+from moejax.parallel import build_on_mesh, make_mesh
+from moejax.step import abstract_state, state_shardings
 from tests.small_run import make_place
 
 
@@ -118,3 +124,40 @@ def test_a_step_beyond_the_memory_is_refused(place, monkeypatch, capsys):
   assert "a training step needs" in error
   assert "lower train.batch_size" in error
   assert not (place / "huge" / "config.json").exists()
+
+
+def test_validation_beyond_the_memory_is_refused(place, monkeypatch, capsys):
+  """At the start, and not when it is due."""
+  monkeypatch.chdir(place)
+  argv = ["train", "--config=config.py", "--workdir=wide"]
+  assert main([*argv, "--config.eval.batch_size=10000000"]) == 2
+  error = capsys.readouterr().err
+  assert "evaluating 10000000 rows at a time needs" in error
+  assert "lower eval.batch_size" in error
+  assert not (place / "wide" / "config.json").exists()
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_validation_on_a_mesh_that_drops_rows_may_need_more(
+  place, monkeypatch, factor
+):
+  """It drops none: what a step needs does not tell."""
+  monkeypatch.chdir(place)
+  config = parse_config("config.py", [
+    "--config.parallel.expert=2", f"--config.parallel.receive_factor={factor}",
+  ])  # fmt: skip
+  mesh = make_mesh(config.parallel, jax.devices()[:2])
+  model = build_on_mesh(config, mesh, dropless=True)
+  shardings = state_shardings(config, model, mesh)
+  phases = phases_of(config)
+  arguments = (
+    dict.fromkeys(phases, model), phases,
+    abstract_state(config, model, shardings),
+  )  # fmt: skip
+  memory.check_evaluation_fits(*arguments)
+  monkeypatch.setattr(memory, "device_memory", lambda device: 200_000)
+  if not factor:
+    memory.check_evaluation_fits(*arguments)
+    return
+  with pytest.raises(ConfigError, match="where each device has room for all"):
+    memory.check_evaluation_fits(*arguments)
