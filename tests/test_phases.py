@@ -340,9 +340,9 @@ def test_bad_branches(place, capsys, more, message):
   assert not (place / "bad" / "config.json").exists()
 
 
-def test_a_run_begun_with_weights_can_be_branched(place):
+def test_a_run_begun_with_weights_can_be_branched(place, unbroken):
   """What it began with is in its state, and no option of the branch."""
-  begun = {"train__init_from": "unbroken", "train__num_steps": 5}
+  begun = {"train__init_from": unbroken.name, "train__num_steps": 5}
   assert train(config_of([], **begun), "begun", report=False) == 0
   more = {"train__branch_from": "begun", "train__num_steps": 7}
   assert train(config_of([], **more), "branched", report=False) == 0
