@@ -124,8 +124,9 @@ class RunLock:
       held = os.fstat(self._fd)
       if not _is_at(self.path, held):
         raise RunLockError(
-          f"{self.workdir} was removed or moved while its run goes on; put it "
-          "back, or make it anew: the same command goes on from what is there"
+          f"{self.workdir}, or its {LOCK_FILE}, was removed, moved or replaced "
+          "while its run goes on, and may be another's now; the same command "
+          "goes on from what is there"
         )
 
   def __enter__(self) -> Self:

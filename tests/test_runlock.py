@@ -320,7 +320,7 @@ def test_a_folder_that_is_not_there_any_more_is_not_held(tmp_path, what):
     if what == "made anew":
       folder.mkdir()
       (folder / runlock.LOCK_FILE).touch()
-    with pytest.raises(RunLockError, match="run was removed or moved while"):
+    with pytest.raises(RunLockError, match="run.lock, was removed, moved"):
       lock.require_held()
 
 

@@ -42,7 +42,7 @@ def digest(folder: epath.Path) -> Digests:
 
 def tell_failure(folder: epath.Path, failure: BaseException) -> None:
   """Tells process 0 why there are none, if that can be written."""
-  with contextlib.suppress(OSError):
+  with contextlib.suppress(Exception):  # the others wait for this one
     _tell(folder, {"failed": files.reason(failure)})
 
 
@@ -52,24 +52,40 @@ def _tell(folder: epath.Path, said: dict[str, Any]) -> None:
     files.write_text(folder / SHARE.format(index), json.dumps(said))
 
 
+def told_failure(folder: epath.Path) -> CheckpointError | None:
+  """Why another process failed, if one told."""
+  _, count = processes.index_and_count()
+  for i in range(1, count):
+    said = _said(folder, i)
+    if "failed" in said:
+      return CheckpointError(
+        f"process {i} could not write its part: {said['failed']}"
+      )
+  return None
+
+
 def collect(folder: epath.Path) -> Digests:
   """What all other processes told.
 
   Raises:
-    CheckpointError: one of them failed; with its reason.
+    CheckpointError: one of them told nothing.
   """
   _, count = processes.index_and_count()
   digests = {}
   for i in range(1, count):
-    path = folder / SHARE.format(i)
-    try:
-      said = json.loads(files.read_bytes(path))
-    except FileNotFoundError:
-      said = {"failed": "see what it says"}
-    if "failed" in said:
+    said = _said(folder, i)
+    if "digests" not in said:
       raise CheckpointError(
-        f"process {i} could not write its part: {said['failed']}"
+        f"process {i} could not write its part, and may say why"
       )
     digests |= {name: tuple(entry) for name, entry in said["digests"].items()}
-    files.remove(path)
+    files.remove(folder / SHARE.format(i))
   return digests
+
+
+def _said(folder: epath.Path, index: int) -> dict[str, Any]:
+  """Of a process; nothing if a full disk kept it from that, too."""
+  try:
+    return json.loads(files.read_bytes(folder / SHARE.format(index)))
+  except (OSError, ValueError):
+    return {}

@@ -264,16 +264,18 @@ class Checkpointer(CheckpointReader):
     try:
       if failure is None:
         digests = shares.digest(folder)
-    except Exception as e:
+    except BaseException as e:
       failure = e
     if failure is not None:
       shares.tell_failure(folder, failure)
     processes.barrier(f"moejax_digests_{self._commits}", self._timeout)
     if processes.is_first():
       try:
-        digests |= shares.collect(folder)  # what fails there says more
+        # It says more than what Orbax missed here because of it.
+        failure = shares.told_failure(folder) or failure
         if failure is not None:
           raise failure
+        digests |= shares.collect(folder)
         self._ask(self._before_commit)
         layout.commit(folder, Manifest(step, table, digests).to_text())
         self._damaged.pop(step, None)

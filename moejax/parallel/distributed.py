@@ -24,7 +24,7 @@ from moejax import storage
 from moejax.checkpoint import processes
 from moejax.errors import UserError
 from moejax.files import cache_folder
-from moejax.parallel.peers import EXIT_PEER_LOST, Peers
+from moejax.parallel.peers import Peers
 
 _SILENT = 2.0  # seconds of waiting before it is said
 
@@ -77,18 +77,19 @@ def joined(args: argparse.Namespace, workdir: str) -> Iterator[None]:
         yield
       except UserError as e:
         text = f"moejax: process {index} of {count}: {e}"
-        print(text, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may listen any more
+          print(text, file=sys.stderr, flush=True)
         peers.leave(str(e))
         peers.wait_for_others()
         _exit(2)
       except Exception as e:
         if (lost := peers.find_lost(e)) is None:
-          traceback.print_exc()
+          with contextlib.suppress(OSError):
+            traceback.print_exc()
           peers.leave(f"{type(e).__name__}: {e}")
           peers.wait_for_others()
           _exit(1)
-        peers.say(lost)
-        _exit(EXIT_PEER_LOST)
+        peers.stop_for(lost)
   finally:
     sys.stdout.flush()
 
@@ -165,5 +166,6 @@ def _watch_join(args: argparse.Namespace, joined: threading.Event) -> None:
 
 def _exit(status: int) -> None:
   """At once: JAX's own exit waits for processes that may never come."""
-  sys.stderr.flush()
+  with contextlib.suppress(OSError):
+    sys.stderr.flush()
   os._exit(status)

@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from moejax.runlock import process_start
 
 FOLDER = "processes"
 BEAT = 1.0  # seconds between signs, and between looks at those of the others
+# What is more between two looks was a pause of this process, not a silence.
+SLEPT = 5 * BEAT
 # Seconds that a process has to end by itself, and to say why, once another has:
 # what ended that one, as a save that failed, often ends both.
 PATIENCE = 10.0
@@ -123,7 +125,14 @@ class Peers:
       time.sleep(BEAT / 4)
     return None
 
-  def say(self, lost: str) -> None:
+  def stop_for(self, lost: str) -> NoReturn:
+    """Ends this process because another is lost; says so, to the others too."""
+    self._say(lost)
+    self.leave(lost)
+    self.wait_for_others()
+    os._exit(EXIT_PEER_LOST)
+
+  def _say(self, lost: str) -> None:
     self._write_line(
       f"process {self._index} of {self._count} stops: {lost}. Start all again "
       "with the same command: the run goes on from its newest checkpoint"
@@ -144,10 +153,13 @@ class Peers:
       signal.raise_signal(signum)  # in this thread, when it leaves here
 
   def _name_the_lost(self) -> None:
-    for index, found in list(self._known.items()):
-      if _is_dead(found):
-        self.say(f"{_who(index, found)} is dead")
-        os._exit(EXIT_PEER_LOST)
+    known = list(self._known.items())
+    said = [f"{_who(*it)} ended: {it[1]['ended']}" for it in known
+            if it[1]["ended"] is not None]  # fmt: skip
+    said += [f"{_who(*it)} is dead" for it in known if _is_dead(it[1])]
+    if said:
+      self._say(said[0])
+      os._exit(EXIT_PEER_LOST)
     if 0 in self._known:
       self._write_line(
         f"process {self._index} of {self._count} was aborted, as said above; a "
@@ -155,13 +167,14 @@ class Peers:
       )
 
   def _watch(self) -> None:
+    # Process 0 after the others: JAX's coordinator ends with it.
+    patience = PATIENCE if self._index else PATIENCE + 2 * BEAT
     while not self._stop.wait(BEAT / 4):
       with contextlib.suppress(OSError):
         os.utime(self._path(self._index))
-      lost = self._lost(PATIENCE)
+      lost = self._lost(patience)
       if lost is not None and not self._stop.is_set():
-        self.say(lost)
-        os._exit(EXIT_PEER_LOST)
+        self.stop_for(lost)
 
   def _lost(self, patience: float = 0) -> str | None:
     for index in range(self._count):
@@ -171,7 +184,9 @@ class Peers:
 
   def _runs(self, index: int) -> bool:
     found = self._read(index)
-    return bool(found) and found["ended"] is None and not _is_dead(found)
+    if found is None or found["ended"] is not None or _is_dead(found):
+      return False
+    return self._silence[index].seconds(found["touched"]) < SLEPT
 
   def _why_lost(self, index: int, patience: float) -> str | None:
     """Of one process; None if it lives, left, or has not come yet.
@@ -235,7 +250,7 @@ class _Silence:
     """Args: touched: the file's time, compared with itself: clocks differ."""
     now = time.monotonic()
     # If this process, or the whole machine, slept, the other may have too.
-    self._seconds += min(now - self._looked, BEAT)
+    self._seconds += min(now - self._looked, SLEPT)
     if touched != self._touched:
       self._touched, self._seconds = touched, 0.0
     self._looked = now

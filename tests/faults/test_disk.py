@@ -61,7 +61,7 @@ def test_the_workdir_vanishes(place, unbroken, when):
   assert done.returncode == 2
   assert run in error_of(done)
   if when == "remove_saved":
-    assert f"{run} was removed or moved while its run" in error_of(done)
+    assert f"{run}, or its run.lock, was removed" in error_of(done)
   shutil.rmtree(place / run, ignore_errors=True)
   assert train(place, run).returncode == 0
   assert_same_run(place / run, unbroken)

@@ -137,8 +137,8 @@ def test_a_machine_that_slept_is_no_silence(monkeypatch):
   monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
   silence = peers._Silence()
   for later, touched, heard in [
-    (0.25, 1.0, 0.0), (0.25, 1.0, 0.25), (1000.0, 1.0, 1.25),
-    (0.5, 1.0, 1.75), (0.25, 2.0, 0.0), (0.25, 2.0, 0.25),
+    (0.25, 1.0, 0.0), (0.25, 1.0, 0.25), (1000.0, 1.0, 5.25),
+    (0.5, 1.0, 5.75), (0.25, 2.0, 0.0), (0.25, 2.0, 0.25),
   ]:  # fmt: skip
     now[0] += later
     assert silence.seconds(touched) == heard
@@ -151,3 +151,44 @@ def test_an_error_is_said_while_it_looks_for_a_lost_process(tmp_path, capfd):
   assert leader.find_lost(ValueError("two\nlines")) is None
   said = "process 0 of 2: ValueError: two lines; looking whether another"
   assert said in capfd.readouterr().err
+
+
+THREE = """
+import sys, time
+from moejax.parallel import peers
+
+folder, index, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+peers.PATIENCE = 3.0
+with peers.Peers(folder, 7, index, 3, 100) as me:
+  while len(list(me._folder.glob("*.json"))) < 3:
+    time.sleep(0.05)
+  time.sleep(1)
+  if index == 1:
+    if how == "ends":
+      me.leave("its disk is full")
+    peers.os._exit(2)
+  if index == 0:  # a collective that broke
+    me.stop_for(me.find_lost(ValueError("broken")))
+  time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+  "how, said", [("ends", "ended: its disk is full"), ("dies", "is dead")]
+)
+def test_all_name_the_one_that_began_it(tmp_path, how, said):
+  """And not process 0, which ended because of it."""
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", THREE, str(tmp_path), str(index), how],
+      env=environment(), stderr=subprocess.PIPE, text=True,
+    )
+    for index in range(3)
+  ]  # fmt: skip
+  processes[1].wait(60)
+  for index in (0, 2):
+    _, error = processes[index].communicate(timeout=60)
+    assert processes[index].returncode == EXIT_PEER_LOST
+    assert f"of 3 stops: process 1 (pid {processes[1].pid} on " in error
+    assert f"{said}. Start all again" in error
+  processes[1].stderr.close()
