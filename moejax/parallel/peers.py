@@ -84,11 +84,11 @@ class Peers:
     if kind is None:
       self._path(self._index).unlink(missing_ok=True)
 
-  def leave(self, why: str) -> None:
-    """Tells the others that this process ends, and why."""
+  def leave(self, why: str, follows: bool = False) -> None:
+    """Tells the others that this process ends, why, and whether for another."""
     self._stop.set()
     with contextlib.suppress(OSError):
-      self._write(why)
+      self._write(why, follows)
 
   def wait_for_others(self) -> None:
     """Waits until all have ended, or had the time to, if this is process 0.
@@ -128,7 +128,7 @@ class Peers:
   def stop_for(self, lost: str) -> NoReturn:
     """Ends this process because another is lost; says so, to the others too."""
     self._say(lost)
-    self.leave(lost)
+    self.leave(lost, follows=True)
     self.wait_for_others()
     os._exit(EXIT_PEER_LOST)
 
@@ -154,8 +154,7 @@ class Peers:
 
   def _name_the_lost(self) -> None:
     known = list(self._known.items())
-    said = [f"{_who(*it)} ended: {it[1]['ended']}" for it in known
-            if it[1]["ended"] is not None]  # fmt: skip
+    said = [_ending(*it) for it in known if it[1]["ended"] is not None]
     said += [f"{_who(*it)} is dead" for it in known if _is_dead(it[1])]
     if said:
       self._say(said[0])
@@ -208,7 +207,7 @@ class Peers:
       since = self._ended.setdefault(index, time.monotonic())
       if time.monotonic() - since < patience:
         return None
-      return f"{who} ended: {found['ended']}"
+      return _ending(index, found)
     silent = self._silence[index].seconds(found["touched"])
     if silent > self._lost_after:
       return f"{who} gave no sign of life for {silent:.0f} s"
@@ -224,13 +223,14 @@ class Peers:
       return None
     return found if found["start"] == self._start else None
 
-  def _write(self, ended: str | None) -> None:
+  def _write(self, ended: str | None, follows: bool = False) -> None:
     text = json.dumps({
       "start": self._start,
       "host": socket.gethostname(),
       "pid": os.getpid(),
       "process_start": process_start(os.getpid()),
       "ended": ended,
+      "follows": follows,
     })  # fmt: skip
     partial = self._path(self._index).with_suffix(f".{os.getpid()}")
     partial.write_text(text)
@@ -259,6 +259,13 @@ class _Silence:
 
 def _who(index: int, found: dict[str, Any]) -> str:
   return f"process {index} (pid {found['pid']} on {found['host']})"
+
+
+def _ending(index: int, found: dict[str, Any]) -> str:
+  """What ended a process: the one that it followed, if it did."""
+  if found["follows"]:
+    return found["ended"]
+  return f"{_who(index, found)} ended: {found['ended']}"
 
 
 def _is_dead(found: dict[str, Any]) -> bool:

@@ -185,10 +185,15 @@ def test_all_name_the_one_that_began_it(tmp_path, how, said):
     )
     for index in range(3)
   ]  # fmt: skip
-  processes[1].wait(60)
+  processes[1].communicate(timeout=60)
   for index in (0, 2):
     _, error = processes[index].communicate(timeout=60)
     assert processes[index].returncode == EXIT_PEER_LOST
     assert f"of 3 stops: process 1 (pid {processes[1].pid} on " in error
     assert f"{said}. Start all again" in error
-  processes[1].stderr.close()
+
+
+def test_one_that_followed_another_is_not_blamed(tmp_path):
+  leader, other = two(tmp_path)
+  other.leave("process 5 (pid 1 on there) is dead", follows=True)
+  assert leader._lost() == "process 5 (pid 1 on there) is dead"
